@@ -179,7 +179,7 @@ def test_positions_equal_the_formula():
 
 
 def test_the_papers_size():
-    """42.5 M at D = 768: nine blocks, nine gates, three merges. (The released code: 44.57 M, 10.06 M of them unused.)"""
+    """42.5 M at D = 768: nine blocks, nine gates, three merges. (Released: 44.57 M, 10.06 M of them unused.)"""
     net = MAGT(FusionConfig(dict.fromkeys(WIDTHS, 768), num_classes=6, num_speakers=2))
     D = 768
     block, gate, merge = 6 * D * D + 6 * D + 2 * D, D * D + D, 3 * D * D + D
