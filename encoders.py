@@ -41,13 +41,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.tokenizer = _load(transformers.AutoTokenizer.from_pretrained, checkpoint, "--text-model")
         self.tokenizer.add_tokens(SPEAKER_TOKENS, special_tokens=True)
-        self.backbone = _load(
-            transformers.RobertaModel.from_pretrained,
-            checkpoint,
-            "--text-model",
-            add_pooling_layer=False,
-            dtype=torch.float32,
-        )
+        self.backbone = _load_backbone(transformers.RobertaModel, checkpoint, "--text-model", add_pooling_layer=False)
         self.backbone.resize_token_embeddings(len(self.tokenizer))
         hidden = self.backbone.config.hidden_size
         self.project = nn.Identity() if hidden == width else nn.Linear(hidden, width)
@@ -101,9 +95,7 @@ class AudioEncoder(nn.Module):
             raise InputError(
                 f"--audio-model {checkpoint}: wants {self.processor.sampling_rate} Hz, this project reads {RATE}"
             )
-        self.backbone = _load(
-            transformers.Data2VecAudioModel.from_pretrained, checkpoint, "--audio-model", dtype=torch.float32
-        )
+        self.backbone = _load_backbone(transformers.Data2VecAudioModel, checkpoint, "--audio-model")
         hidden = self.backbone.config.hidden_size
         self.project = nn.Identity() if hidden == width else nn.Linear(hidden, width)
         self.classifier = nn.Linear(width, num_classes)
@@ -115,6 +107,7 @@ class AudioEncoder(nn.Module):
             [x.numpy() for x in examples],
             sampling_rate=RATE,
             return_tensors="pt",
+            return_attention_mask=True,  # or it takes the padding for sound when it normalises
             padding="max_length",
             max_length=max(int(samples.max()), int(MIN_BATCH_SECONDS * RATE)),
         )
@@ -137,9 +130,7 @@ class VideoEncoder(nn.Module):
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
         super().__init__()
         processor = _load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
-        self.backbone = _load(
-            transformers.TimesformerModel.from_pretrained, checkpoint, "--video-model", dtype=torch.float32
-        )
+        self.backbone = _load_backbone(transformers.TimesformerModel, checkpoint, "--video-model")
         if self.backbone.config.num_frames != FRAMES:
             raise InputError(
                 f"--video-model {checkpoint}: wants {self.backbone.config.num_frames} frames, not {FRAMES}"
@@ -172,7 +163,7 @@ def _load(load: Callable, checkpoint: str, option: str, **options):
     """`load(checkpoint)` with a message that says what to do when it is not there."""
     try:
         return load(checkpoint, **options)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
         what = str(e).strip().splitlines()[0][:200]
         if Path(checkpoint).is_dir():
             where = "the folder is there, but not whole: it needs what model.save_pretrained and its processor's write"
@@ -182,6 +173,16 @@ def _load(load: Callable, checkpoint: str, option: str, **options):
                 f"it elsewhere (hf download {checkpoint} --local-dir DIR), copy the folder here, and give {option} DIR"
             )
         raise InputError(f"cannot load {checkpoint!r}: {where}. ({what})") from e
+
+
+def _load_backbone(cls: type, checkpoint: str, option: str, **options) -> nn.Module:
+    """A model with its checkpoint's weights, in float32 whatever they are kept in."""
+    model, info = _load(
+        cls.from_pretrained, checkpoint, option, dtype=torch.float32, output_loading_info=True, **options
+    )
+    if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # transformers would go on, with random weights
+        raise InputError(f"{option} {checkpoint}: these are not the weights of a {cls.__name__}")
+    return model
 
 
 def save_tiny(folder: Path, texts: list[str], seed: int = 0) -> dict[str, str]:

@@ -31,7 +31,10 @@ class FusionConfig:
     width: int = 768  # D
     heads: int = 8
     dropout: float = 0.5
-    # What the authors' released code does differently from the paper's text (all three True: RELEASED).
+    # Eq. 18 adds F_m to positions and speakers. Vectors of unit length, say sentence embeddings, would drown in them:
+    # a LayerNorm first makes MAGT indifferent to the scale of its input.
+    input_norm: bool = True
+    # What the authors' released code does differently from the paper's text: RELEASED below.
     shared_text_anchor: bool = False  # the text anchor's streams share one block and one gate
     relu_gate: bool = False  # a ReLU inside the gate, which is then never below 0.5
     tags_twice: bool = False  # positions and speakers are added once more to the enriched sequences
@@ -45,7 +48,7 @@ class FusionConfig:
             raise ValueError(f"need 2 classes and 1 speaker at least, got {self.num_classes} and {self.num_speakers}")
 
 
-RELEASED = {"shared_text_anchor": True, "relu_gate": True, "tags_twice": True}
+RELEASED = {"input_norm": False, "shared_text_anchor": True, "relu_gate": True, "tags_twice": True}
 
 
 class FusionOutput(NamedTuple):
@@ -116,14 +119,19 @@ class MAGT(nn.Module):
         super().__init__()
         self.config = config
         D, modalities = config.width, list(config.widths)
-        self.input = nn.ModuleDict(
-            {m: nn.Identity() if width == D else nn.Linear(width, D) for m, width in config.widths.items()}
-        )
+        self.input = nn.ModuleDict({m: self._input(width) for m, width in config.widths.items()})
         self.speaker = nn.Embedding(config.num_speakers + 1, D, padding_idx=0)  # row 0, always zero: speaker -1
+        with torch.no_grad():
+            self.speaker.weight *= 0.02  # near that zero: an unknown speaker is then nothing strange
         self.anchor = nn.ModuleDict(
             {m: Anchor(config, modalities, shared=config.shared_text_anchor and m == TEXT) for m in modalities}
         )
         self.classifier = nn.ModuleDict({m: nn.Linear(D, config.num_classes) for m in modalities})
+
+    def _input(self, width: int) -> nn.Module:
+        """F_m as it comes, or through a linear layer where its width is not D; then the LayerNorm."""
+        linear = nn.Identity() if width == self.config.width else nn.Linear(width, self.config.width)
+        return nn.Sequential(linear, nn.LayerNorm(self.config.width)) if self.config.input_norm else linear
 
     def forward(
         self,

@@ -178,15 +178,19 @@ class MediaStore:
                     progress.update()
         self._open()
 
-    def audio(self, utterance_id: str) -> Tensor | None:
-        """float32 [T], 16 kHz mono, -1 to 1; None if missing."""
-        place = self.index[utterance_id]["sound"]
-        return None if place is None else torch.from_numpy(self._sound[place[0] : sum(place)] / np.float32(32767))
+    def length(self, utterance_id: str, modality: str) -> int:
+        """Samples of its "audio" or frames of its "video"; 0 if the utterance lacks it."""
+        line = self.index[utterance_id]
+        return (line["sound"] or (0, 0))[1] if modality == "audio" else FRAMES * (line["frames"] is not None)
 
-    def frames(self, utterance_id: str) -> Tensor | None:
-        """uint8 [8, 3, size, size], RGB; None if missing."""
-        row = self.index[utterance_id]["frames"]
-        return None if row is None else torch.from_numpy(self._frames[row].copy())
+    def audio(self, utterance_id: str) -> Tensor:
+        """float32 [T], 16 kHz mono, -1 to 1. Not for an utterance of length 0."""
+        start, samples = self.index[utterance_id]["sound"]
+        return torch.from_numpy(self._sound[start : start + samples] / np.float32(32767))
+
+    def video(self, utterance_id: str) -> Tensor:
+        """uint8 [8, 3, size, size], RGB. Not for an utterance of length 0."""
+        return torch.from_numpy(self._frames[self.index[utterance_id]["frames"]].copy())
 
     @property
     def _frame_bytes(self) -> int:

@@ -68,7 +68,7 @@ def test_order_speakers_and_the_rest_of_the_conversation_matter():
     assert (logits - net(features, (speakers + 1) % 3, mask).logits[TEXT]).abs().max() > 1e-3
     for m in features:
         changed = {n: x.clone() for n, x in features.items()}
-        changed[m][0, 5] += 1
+        changed[m][0, 5] *= -1
         assert (logits - net(changed, speakers, mask).logits[TEXT])[0, 0].abs().max() > 1e-5, m
     concat = make(Concat)
     before = concat(features, speakers, mask).logits[TEXT]
@@ -107,6 +107,22 @@ def test_a_conversation_without_any_sound(model):
     out.logits[TEXT].square().mean().backward()
     assert all(x.isfinite().all() for x in [*out.logits.values(), *out.hidden.values()])
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("width", [20, 32])
+def test_the_scale_of_the_input_does_not_matter(width):
+    net = MAGT(FusionConfig({"text": width}, num_classes=5, num_speakers=3, width=32, heads=4)).eval()
+    with torch.no_grad():
+        for layer in net.input["text"]:
+            if isinstance(layer, torch.nn.Linear):
+                layer.bias.zero_()
+    x, speakers, mask = (
+        torch.randn(2, 6, width),
+        torch.zeros(2, 6, dtype=torch.long),
+        torch.ones(2, 6, dtype=torch.bool),
+    )
+    small, large = (net({"text": scale * x}, speakers, mask).logits[TEXT] for scale in (0.1, 10))
+    torch.testing.assert_close(small, large, atol=1e-2, rtol=0)
 
 
 def test_an_unknown_speaker_adds_nothing():
@@ -149,7 +165,7 @@ def test_gate_equals_the_formula(relu):
 
 
 def test_released_shares_the_text_anchor_and_adds_the_tags_twice():
-    paper, released = make(dropout=0.0), make(dropout=0.0, **RELEASED)
+    paper, released = make(input_norm=False), make(**RELEASED)
     counts = [sum(p.numel() for p in net.parameters()) for net in (paper, released)]
     block, gate = 6 * 32 * 32 + 6 * 32 + 2 * 32, 32 * 32 + 32
     assert counts[0] - counts[1] == 2 * (block + gate)
@@ -183,7 +199,9 @@ def test_the_papers_size():
     net = MAGT(FusionConfig(dict.fromkeys(WIDTHS, 768), num_classes=6, num_speakers=2))
     D = 768
     block, gate, merge = 6 * D * D + 6 * D + 2 * D, D * D + D, 3 * D * D + D
-    assert sum(p.numel() for p in net.parameters()) == 9 * (block + gate) + 3 * merge + 3 * (6 * D + 6) + 3 * D
+    norms, classifiers, speakers = 3 * 2 * D, 3 * (6 * D + 6), 3 * D
+    total = 9 * (block + gate) + 3 * merge + norms + classifiers + speakers
+    assert sum(p.numel() for p in net.parameters()) == total
 
 
 @pytest.mark.parametrize("model", [MAGT, Concat])

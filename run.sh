@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# bash run.sh demo                    both stages on a small made-up corpus; needs no download, no licence and no GPU
+# bash run.sh iemocap --root DIR      both stages on IEMOCAP_full_release (meld: on MELD.Raw)
+# bash run.sh test | bench            the tests; the benchmark of the paper's complexity claims
+# bash run.sh demo --help             every option
+#
+# Uses the active Python if it has all of requirements.txt, else makes .venv beside this file, once (3-4 minutes, 5 GB).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+has_all() { # does this Python have every pinned package?
+  "$1" - "$here/requirements.txt" <<'P' 2>/dev/null
+import sys
+from importlib.metadata import version
+lines = (line.split("#")[0].strip() for line in open(sys.argv[1]))
+wanted = dict(line.split("==") for line in lines if line)
+sys.exit(any(version(name).split("+")[0] != pin for name, pin in wanted.items()))
+P
+}
+
+python=python3
+if ! has_all python3; then
+  python=$here/.venv/bin/python
+  if ! has_all "$python"; then
+    for candidate in python3 python3.13 python3.12 python3.11 ""; do
+      [ -n "$candidate" ] || { echo "run.sh: needs Python 3.11 or newer" >&2; exit 2; }
+      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    echo "run.sh: installing requirements.txt into $here/.venv, once (3-4 minutes, 5 GB)" >&2
+    "$candidate" -m venv "$here/.venv"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+  fi
+fi
+
+case "${1-}" in
+  "") sed -n '2,7s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
+  test) shift; cd "$here"; exec "$python" -m pytest -q tests bench --benchmark-disable "$@" ;;
+  bench) shift; cd "$here"; exec "$python" -m pytest bench --benchmark-only "$@" ;;
+  *) exec "$python" "$here/magtkd.py" "$@" ;;
+esac
