@@ -28,11 +28,9 @@ FACE_TELL, FACE_NOISE = 0.50, 0.35  # the same for the face
 SAMPLE_RATE, FPS = 16_000, 10
 HEIGHT, WIDTH, GREY = 96, 144, 90  # IEMOCAP's 3:2; both faces lie in the central square, so a centre crop keeps them
 
-# How often each label is drawn afresh; the first neighbour that the corpus has is the label it is mistaken for.
-IEMOCAP = {"ang": 0.15, "exc": 0.17, "fru": 0.20, "hap": 0.13, "neu": 0.20, "sad": 0.15}
-MELD = {"ang": 0.15, "dis": 0.08, "fea": 0.09, "hap": 0.17, "neu": 0.27, "sad": 0.11, "sur": 0.13}
-NEIGHBOURS = {"ang": "fru dis", "dis": "ang", "exc": "hap", "fea": "sad", "fru": "ang", "hap": "exc sur", "neu": "sad"}
-NEIGHBOURS |= {"sad": "neu", "sur": "hap"}
+# How often each label is drawn afresh. They stand in pairs of neighbours: those whose words are taken for each other's.
+IEMOCAP = {"ang": 0.15, "fru": 0.20, "exc": 0.17, "hap": 0.13, "neu": 0.20, "sad": 0.15}
+MELD = {"ang": 0.15, "dis": 0.08, "hap": 0.17, "sur": 0.13, "fea": 0.09, "sad": 0.11, "neu": 0.27}
 # Voice: pitch (semitones above the speaker's own), its rise from start to end (semitones), timbre (how slowly the
 # harmonics fade, 0 to 1), syllables per second, breath (0 to 1), how clipped the syllables are, tremor (0 to 1).
 # Face, -1 to 1: inner ends of the brows down, brows raised, corners of the mouth up, eyes open, red.
@@ -65,8 +63,8 @@ OPENERS = ("Well", "You know", "Look", "So", "Yeah", "Listen", "Oh", "I mean")
 SENTENCES = ("{o}, I am {e} about the {t}.", "{o}, I feel {e} and {e2} today.", "{o}, are you {e} about the {t}?")
 SENTENCES += ("{o}, the {t} is so {e}.", "{o}, that {t} made me {e}.", "{o}, it is all {e} with this {t}, just {e2}.")
 
-IN_FULL = dict(zip(IEMOCAP, "Anger Excited Frustration Happiness Neutral Sadness".split()))  # as IEMOCAP's annotators
-IN_CSV = dict(zip(MELD, "anger disgust fear joy neutral sadness surprise".split()))
+IN_FULL = dict(zip(IEMOCAP, "Anger Frustration Excited Happiness Neutral Sadness".split()))  # as IEMOCAP's annotators
+IN_CSV = dict(zip(MELD, "anger disgust joy surprise fear sadness neutral".split()))
 MELD_COLUMNS = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
 MELD_FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
 MELD_CAST = {"Ada": 215, "Bruno": 120, "Clara": 190, "Dario": 140, "Edith": 205, "Felix": 130}  # pitch in Hz
@@ -105,14 +103,14 @@ def make_conversation(rng, actors: list[Actor], labels: dict[str, float], uttera
         face = np.empty((round(seconds * FPS), 6))
         face[:, :5] = ACTING[seen][1] + FACE_NOISE * rng.standard_normal(5)
         face[:, 5] = loudness[np.linspace(0, len(sound) - 1, len(face)).astype(int)]
-        neighbour = next(label for label in NEIGHBOURS[emotion].split() if label in names)
-        words = sentence(rng, (TELLING[emotion], TELLING[neighbour], NON_COMMITTAL))
+        neighbour = names[min(names.index(emotion) ^ 1, len(names) - 1)]  # the other one of the pair
+        words = sentence(rng, [TELLING[emotion], TELLING[neighbour], NON_COMMITTAL])
         turns.append(Turn(actors[speaker], emotion, words, clock, round(clock + seconds, 4), sound, face))
         clock = round(clock + seconds + rng.uniform(0.1, 0.4), 4)
     return turns
 
 
-def sentence(rng, pools: tuple[str, str, str]) -> str:
+def sentence(rng, pools: list[str]) -> str:
     pool = rng.choice(pools, p=[WORDS_TELL, WORDS_MISLEAD, 1 - WORDS_TELL - WORDS_MISLEAD]).split()
     first, second = rng.choice(pool, 2, replace=False)
     return str(rng.choice(SENTENCES)).format(o=rng.choice(OPENERS), e=first, e2=second, t=rng.choice(TOPICS))
@@ -170,20 +168,21 @@ def write_video(path: Path, frames: np.ndarray, sound: np.ndarray | None = None,
             heard = av.AudioFrame.from_ndarray(np.float32(sound) / 32768, "fltp", layout)
             heard.sample_rate = rate
             container.mux(audio.encode(heard) + audio.encode())
-        for frame in np.round(frames).clip(0, 255).astype(np.uint8):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        for frame in frames:
+            rgb = np.round(frame).clip(0, 255).astype(np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(rgb, "rgb24")))
         container.mux(video.encode())
 
 
-def prepare(root: Path, readme: str, enough: bool, utterances: tuple[int, int]) -> None:
-    if not enough or not 1 <= utterances[0] <= utterances[1]:
+def prepare(root: Path, corpus: str, seed: int, enough: bool, utterances: tuple[int, int]) -> None:
+    if seed < 0 or not enough or not 1 <= utterances[0] <= utterances[1]:
         raise ValueError(
-            "too few conversations or utterances (with flaws, more are needed: see write_iemocap, write_meld)"
+            "numbers too small: seed from 0, conversations and utterances from 1, LO up to HI, flaws need more"
         )
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} is there already and is not an empty folder: give a new one")
     root.mkdir(parents=True, exist_ok=True)
-    (root / "README.txt").write_text(readme)
+    (root / "README.txt").write_text(f"made up by demo.py, seed {seed}; not {corpus}\n")
 
 
 def write_iemocap(root: Path, seed=0, conversations=12, utterances=(10, 18), flaws=False) -> None:
@@ -192,7 +191,7 @@ def write_iemocap(root: Path, seed=0, conversations=12, utterances=(10, 18), fla
     Raises FileExistsError if root holds anything, ValueError if a number is too small. The same holds for write_meld.
     """
     enough = conversations >= 1 and (utterances[0] >= 6 or not flaws)
-    prepare(root, f"made up by demo.py, seed {seed}; not IEMOCAP\n", enough, utterances)
+    prepare(root, "IEMOCAP", seed, enough, utterances)
     for session in range(1, 6):
         rng = np.random.default_rng([seed, session])
         actors = [make_actor(rng, "F", 200), make_actor(rng, "M", 130)]
@@ -270,7 +269,7 @@ def plant_iemocap_flaws(root: Path) -> None:
 def write_meld(root: Path, seed=0, conversations=(40, 6, 14), utterances=(4, 12), flaws=False) -> None:
     """Train, dev and test of so many conversations (with flaws, at least 4 in train and 4 utterances in each)."""
     enough = min(conversations) >= 1 and (conversations[0] >= 4 and utterances[0] >= 4 or not flaws)
-    prepare(root, f"made up by demo.py, seed {seed}; not MELD\n", enough, utterances)
+    prepare(root, "MELD", seed, enough, utterances)
     rng = np.random.default_rng(seed)
     cast, guests = ([make_actor(rng, *person) for person in people.items()] for people in (MELD_CAST, MELD_GUESTS))
     for s, (split, folder) in enumerate(MELD_FOLDERS.items()):
@@ -297,6 +296,7 @@ def write_meld(root: Path, seed=0, conversations=(40, 6, 14), utterances=(4, 12)
 
 
 def meld_time(seconds: float) -> str:
+    seconds = round(seconds, 3)
     return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:06.3f}".replace(".", ",")
 
 
@@ -328,8 +328,8 @@ def plant_meld_flaws(root: Path) -> None:
     (test / "dia0_utt0.mp4").rename(test / "final_videos_testdia0_utt0.mp4")
     (test / "dia0_utt0.mp4").write_bytes((test / "dia0_utt1.mp4").read_bytes())
     for path, seconds, heard in ((train / "dia0_utt2.mp4", 1.5, 0.02), (test / "dia0_utt2.mp4", 240, 240)):
-        frames, sound = np.full((int(seconds * FPS), HEIGHT, WIDTH, 3), GREY), np.zeros((1, int(heard * 44_100)))
-        write_video(path, frames, sound, 44_100)
+        frames = np.broadcast_to(np.uint8(GREY), (int(seconds * FPS), HEIGHT, WIDTH, 3))
+        write_video(path, frames, np.zeros((1, int(heard * 44_100)), np.int16), 44_100)
     (root / "dev").mkdir()
     (root / "test").mkdir()
     for path in (dev, test, root / "dev_sent_emo.csv"):
@@ -337,14 +337,14 @@ def plant_meld_flaws(root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a small made-up corpus in the layout of IEMOCAP or of MELD.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("corpus", choices=["iemocap", "meld"])
     parser.add_argument("dir", type=Path, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="0 unless given")
     parser.add_argument("--conversations", type=int, metavar="N", help="per session; MELD: in train, N/6 dev, N/3 test")
     parser.add_argument("--utterances", type=int, nargs=2, metavar=("LO", "HI"), help="per conversation")
     parser.add_argument("--flaws", action="store_true", help="plant the faults that users of the real corpora meet")
-    options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    options = vars(parser.parse_args())
     corpus, root, n = options.pop("corpus"), options.pop("dir"), options.get("conversations")
     if corpus == "meld" and n is not None:
         options["conversations"] = (n, max(n // 6, 1), max(n // 3, 1))
