@@ -214,9 +214,12 @@ def write_dialogue(rng, session: Path, name: str, turns: list[Turn], actors: lis
     wavs, labels, transcripts, videos = (session / folder / name for folder in inside)
     evaluation, transcript, count = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n", "", {"F": 0, "M": 0}
     frames = np.full((int((turns[-1].end + 0.6) * FPS), HEIGHT, WIDTH, 3), GREY, np.float32)
-    faces = {actor: np.zeros((len(frames), 6)) for actor in "FM"}  # whoever is silent has a still, neutral face
+    sides = {"F": slice(WIDTH // 2 - 47, WIDTH // 2 - 1), "M": slice(WIDTH // 2 + 1, WIDTH // 2 + 47)}
+    for actor in actors:  # whoever is silent has a still, neutral face
+        frames[:, 25:71, sides[actor.name]] = draw_faces(rng, np.zeros((1, 6)), actor, 46)
     for actor, emotion, words, start, end, sound, face in turns:
-        faces[actor.name][round(start * FPS) :][: len(face)] = face
+        first = round(start * FPS)
+        frames[first : first + len(face), 25:71, sides[actor.name]] = draw_faces(rng, face, actor, 46)
         turn_name = f"{name}_{actor.name}{count[actor.name]:03d}"
         count[actor.name] += 1
         v, a, d = rng.integers(1, 6, 3)
@@ -229,8 +232,6 @@ def write_dialogue(rng, session: Path, name: str, turns: list[Turn], actors: lis
             file.writeframes(sound.astype("<i2").tobytes())
     labels.with_suffix(".txt").write_text(evaluation)
     transcripts.with_suffix(".txt").write_text(transcript)
-    for actor, left in zip(actors, (WIDTH // 2 - 47, WIDTH // 2 + 1)):
-        frames[:, 25:71, left : left + 46] = draw_faces(rng, faces[actor.name], actor, 46)
     write_video(videos.with_suffix(".avi"), frames)
 
 
