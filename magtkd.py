@@ -133,7 +133,7 @@ def read_demo(out: Path) -> Corpus:
         print(f"writing a made-up corpus to {folder}", flush=True)
         part = out / "corpus.part"
         shutil.rmtree(part, ignore_errors=True)
-        demo.write_iemocap(part)
+        demo.write_iemocap(part, conversations=20)
         part.rename(folder)
     return dataclasses.replace(read_iemocap(folder), name="demo (made up)")
 

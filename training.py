@@ -51,9 +51,9 @@ class Config:
 # Small encoders with random weights learn faster and for longer than pretrained ones are tuned.
 TINY = {
     "width": 64,
-    "stage1_lr": 2e-3,
+    "stage1_lr": 1.5e-3,
     "stage1_batch": 16,
-    "stage1_epochs": {"text": 12, "audio": 12, "video": 12},
+    "stage1_epochs": {"text": 4, "audio": 8, "video": 14},
     "stage2_lr": 1e-3,
 }
 CONFIGS = {
