@@ -87,8 +87,11 @@ def open_run(out: Path, config: dict, fresh: bool):
 
     Errors: InputError if another process runs in it, or if it was begun with another configuration.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written ({e.strerror}); give another folder with --out") from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

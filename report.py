@@ -87,7 +87,7 @@ def write_report(out: Path, result: dict) -> str:
 
     result: "title", "made_up" (bool), "corpus" (a key of PAPER, or another name), "machine", "notes", "problems" (lists
     of lines), "label_names", and "rows": name -> list, one entry per seed, of {"seed", "labels", "predictions" (on
-    test, of the epoch chosen on dev), "epoch", and for stage 2 "test_selected" (scores) and "history" (a dict per epoch)}.
+    test, of the epoch chosen on dev), "epoch", for stage 2 "test_selected" (scores) and "history" (a dict per epoch)}.
     """
     metrics = {k: result[k] for k in ("title", "made_up", "corpus", "machine", "notes", "problems")}
     metrics["rows"] = {name: _summary(runs) for name, runs in result["rows"].items()}
