@@ -100,7 +100,7 @@ def pytest_sessionfinish(session, exitstatus):
     path = results_path(facts)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")
-    # path.with_suffix(".md").write_text(markdown(path))
+    path.with_suffix(".md").write_text(markdown(path))
     config.stash[WRITTEN] = path
 
 

@@ -170,7 +170,7 @@ def environment(device: str) -> dict[str, str | int]:
     return {
         "device": device,
         "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
+        "threads": THREADS,
         **gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),

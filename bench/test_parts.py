@@ -27,39 +27,38 @@ def params(model: nn.Module) -> int:
 # Padding
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "one by one"])
 @pytest.mark.parametrize("name", CORPORA)
-def test_corpus(row, timed, name):
-    """MAGT on the corpus's typical batch, and what an epoch of it costs with padding and without."""
+def test_corpus(row, timed, name, padded):
+    """MAGT on the corpus's typical batch, padded to its longest conversation or one conversation after the other."""
     corpus = CORPORA[name]
     batch, epoch = corpus.typical_batch(16 if timed else 2), corpus.batches()
-    model, inputs = MAGT(corpus.config).to(DEVICE).eval(), conversations(batch, WIDTH, DEVICE)
-    padded, valid = corpus.padded_flops([batch]), corpus.valid_flops([batch])
-    on_meta = MAGT(corpus.config).to("meta"), conversations(batch, WIDTH, "meta")
-    assert count_with_torch(*on_meta) == count_with_fvcore(*on_meta) == padded
-    alone = [one_conversation(inputs, i, length) for i, length in enumerate(batch)]
+    model, together = MAGT(corpus.config).to(DEVICE).eval(), conversations(batch, WIDTH, DEVICE)
+    alone = [one_conversation(together, i, length) for i, length in enumerate(batch)]
+    calls = [together] if padded else alone
 
-    out = row(
-        partial(model, *inputs),
+    flops = corpus.padded_flops if padded else corpus.valid_flops
+    on_meta = MAGT(corpus.config).to("meta"), conversations(batch, WIDTH, "meta")
+    assert count_with_torch(*on_meta) == count_with_fvcore(*on_meta) == corpus.padded_flops([batch])
+    outputs = row(
+        lambda: [model(*inputs) for inputs in calls],
         5,
         kind="corpus",
         corpus=name,
-        conversations=len(batch),
+        padded=padded,
         utterances=sum(batch),
-        slots=len(batch) * max(batch),
+        flops=flops([batch]).total,
+        bytes=sum(bytes_for_backward(model, inputs, model.parameters()) for inputs in calls),
         params=params(model),
-        flops=padded.total,
-        flops_valid=valid.total,
-        bytes=bytes_for_backward(model, inputs, model.parameters()),
-        bytes_valid=sum(bytes_for_backward(model, one, model.parameters()) for one in alone),
-        epoch_conversations=len(corpus.lengths),
         epoch_utterances=sum(corpus.lengths),
-        epoch_slots=sum(len(batch) * max(batch) for batch in epoch),
-        epoch_flops_padded=corpus.padded_flops(epoch)._asdict(),
-        epoch_flops_valid=corpus.valid_flops(epoch)._asdict(),
+        epoch_slots=sum(len(batch) * max(batch) for batch in epoch) if padded else sum(corpus.lengths),
+        epoch_flops=flops(epoch).total,
+        epoch_flops_attention=flops(epoch).attention,
     )
     for i, (one, length) in enumerate(zip(alone, batch)):
         for m, logits in model(*one).logits.items():
-            torch.testing.assert_close(out.logits[m][i, :length], logits[0], rtol=1e-4, atol=1e-4)
+            got = outputs[0].logits[m][i, :length] if padded else outputs[i].logits[m][0]
+            torch.testing.assert_close(got, logits[0], rtol=1e-4, atol=1e-4)
 
 
 def one_conversation(inputs: tuple, i: int, length: int) -> tuple:
