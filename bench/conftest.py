@@ -50,7 +50,8 @@ def rate(pytestconfig, timed) -> float:
 def row(benchmark, pytestconfig, request):
     """row(function, rounds, kind=.., flops=.., bytes=.., params=.., ..) times function and keeps one row of results.
 
-    Everything named goes into the row and into extra_info. The function's tensors must be finite.
+    Everything named goes into the row and into extra_info; on CUDA the allocator's peak too. The tensors that function
+    returns must be finite.
     """
 
     def run(function, rounds, **facts):
@@ -59,9 +60,13 @@ def row(benchmark, pytestconfig, request):
             synchronize(DEVICE)
             return result
 
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        result = benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=1, iterations=1)
+        if DEVICE == "cuda":
+            facts["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
         benchmark.group = facts["kind"]
         benchmark.extra_info.update(facts)
-        result = benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=1, iterations=1)
         for x in tree_leaves(result):
             assert not isinstance(x, torch.Tensor) or torch.isfinite(x).all(), "a result is not finite"
         if benchmark.enabled:
@@ -79,15 +84,17 @@ def pytest_deselected(items):
 
 
 def _is_whole(session, exitstatus) -> bool:
-    """Whether each bench of this folder was collected, ran and passed, with timing."""
-    config = session.config
-    folder = set(Path(__file__).parent.glob("test_*.py"))
+    """Whether each bench of this folder was collected, timed and passed (those that need CUDA, where it is)."""
+    benches = [item for item in session.items if "row" in getattr(item, "fixturenames", ())]
+    can_run = [item for item in benches if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    files = {path.name for path in Path(__file__).parent.glob("test_*.py") if "(row" in path.read_text()}
     return (
         exitstatus == pytest.ExitCode.OK
-        and not config.getoption("benchmark_disable")
-        and not config.stash.get(PARTIAL, False)
-        and not any("::" in argument for argument in config.args)
-        and folder <= {item.path for item in session.items}
+        and session.config.stash[ROWS]
+        and len(session.config.stash[ROWS]) == len(can_run)
+        and files == {item.path.name for item in benches}
+        and not session.config.stash.get(PARTIAL, False)
+        and not any("::" in argument for argument in session.config.args)
     )
 
 

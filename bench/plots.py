@@ -20,6 +20,7 @@ LINES = {  # solid: everything; dotted: the attention term alone
     MATCHED: {"color": "black", "marker": "o"},
     PUBLISHED: {"color": "0.5", "marker": "s"},
 }
+CLAIM = "slope claimed in section 4.7"
 COLUMNS = [  # kind of row, key, unit, axis, claimed power
     ("count", "flops", 1e9, "GFLOPs, forward", 2),
     ("count", "bytes", 1e6, "MB kept for backward", 1),
@@ -30,7 +31,7 @@ COLUMNS = [  # kind of row, key, unit, axis, claimed power
 def figure(path: Path) -> None:
     """results/<machine>.json to results/<machine>.png."""
     environment, rows = load(path)
-    fig, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained")
+    fig, axes = plt.subplots(2, 3, figsize=(11, 7.5), layout="constrained")
     for column, (kind, key, unit, label, power) in enumerate(COLUMNS):
         over_L, over_U = axes[:, column]
         tables = {variant: select(rows, kind, variant) for variant in LINES}
@@ -42,7 +43,7 @@ def figure(path: Path) -> None:
             over_L.plot(FRAMES, values(variant, key, FRAMES), **LINES[variant], label=variant)
         claim(over_L, FRAMES, values(MATCHED, key, FRAMES)[0], power, "L")
         (level,) = values(MAGT_, key, (NARROW_LENGTH,))
-        over_L.axhline(level, color="black", dashes=(6, 3), label=f"MAGT, U = {NARROW_LENGTH}")
+        over_L.axhline(level, color="black", dashes=(6, 3), label=f"MAGT at U = {NARROW_LENGTH}")
 
         talk = [U * value for U, value in zip(UTTERANCES, values(MAGT_, key, UTTERANCES))]
         over_U.plot(UTTERANCES, talk, **LINES[MAGT_], label="MAGT")
@@ -63,12 +64,13 @@ def figure(path: Path) -> None:
             ax.set_xticks(lengths, lengths)
             ax.minorticks_off()
             ax.grid(color="0.92")
-            ax.legend(fontsize=7, frameon=False)
         over_L.set_ylabel(f"{label}, per utterance")
         over_U.set_ylabel(f"{label}, per conversation")
+    handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     machine = environment.get("gpu", environment["cpu"])
     fig.suptitle(
-        f"MAGT and MulT: what section 4.7 claims (grey band) and what is measured\n"
+        f"MAGT and MulT: what section 4.7 claims and what is measured\n"
         f"{machine}, {environment['threads']} threads, torch {environment['torch']}, seed {environment['seed']}",
         fontsize=10,
     )
@@ -78,9 +80,9 @@ def figure(path: Path) -> None:
 
 def claim(ax: plt.Axes, lengths: tuple[int, ...], start: float, power: int, name: str) -> None:
     """The claimed slope, from the first measured point on."""
-    exponent = f"^{power}" if power > 1 else ""
     law = [start * (n / lengths[0]) ** power for n in lengths]
-    ax.plot(lengths, law, color="0.85", lw=7, solid_capstyle="butt", zorder=0, label=f"claimed: ${name}{exponent}$")
+    ax.plot(lengths, law, color="0.85", lw=7, solid_capstyle="butt", zorder=0, label=CLAIM)
+    ax.text(lengths[1], law[1] * 1.6, f"${name}^{power}$" if power > 1 else f"${name}$", color="0.4", ha="right")
 
 
 if __name__ == "__main__":

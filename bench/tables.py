@@ -4,6 +4,7 @@ Numbers come from the JSON only; what the machine did not measure reads "not mea
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def of_kind(rows: list[dict], kind: str, **facts) -> list[dict]:
 
 def seconds(row: dict, by: int = 1) -> str:
     """Median and interquartile range in ms, divided by a number of samples."""
-    return f"{1e3 * row['seconds'] / by:.3g} +- {1e3 * row['seconds_iqr'] / by:.1g}"
+    middle, spread = 1e3 * row["seconds"] / by, 1e3 * row["seconds_iqr"] / by
+    digits = max(0, 2 - math.floor(math.log10(middle)))  # three figures
+    return f"{middle:,.{digits}f} +- {spread:,.{digits}f}"
 
 
 def verdict_table(rows: list[dict]) -> str:
@@ -108,11 +111,12 @@ def grid_table(rows: list[dict]) -> str:
             select(rows, kind, case.variant, case.width).get(case.length) for kind in ("count", "forward", "step")
         )
         keys = ("flops_attention", "flops_linear", "bytes", "bytes_unfused")
-        line = [case, f"{count['params'] / 1e6:.2f}", *(f"{per_utterance(count, k) / 10**6:,.3f}" for k in keys)]
+        line = [case, f"{count['params'] / 1e6:.2f}", *(f"{float(per_utterance(count, k)) / 1e6:,.3f}" for k in keys)]
         if case in TIMED:
-            line += [forward["samples"], seconds(forward, forward["samples"]), seconds(step)]
+            peak = f"{step['cuda_peak_bytes'] / 1e6:,.0f}" if "cuda_peak_bytes" in step else NOT_MEASURED
+            line += [forward["samples"], seconds(forward, forward["samples"]), seconds(step), peak]
         else:
-            line += ["counted only"] * 3
+            line += ["counted only"] * 4
         body.append(line)
     text = (
         "FLOPs and bytes are per utterance. MAGT's conversations have U utterances, MulT's utterances L (or text/audio/"
@@ -120,7 +124,7 @@ def grid_table(rows: list[dict]) -> str:
         "forward, backward and AdamW; its cost per utterance falls with S, so it is given whole. The bytes are those "
         "of the CPU's kernels on every machine.\n\n"
     )
-    return text + table([*head, "S", "forward, ms per utterance", "step on S, ms"], body)
+    return text + table([*head, "S", "forward, ms per utterance", "step on S, ms", "CUDA peak of a step, MB"], body)
 
 
 def corpus_table(rows: list[dict]) -> str:
@@ -146,9 +150,9 @@ def corpus_table(rows: list[dict]) -> str:
                 [
                     f"{corpus}: MulT as published, {name} {'/'.join(map(str, lengths))}",
                     "1.00",
-                    f"{flops / 10**12:.3f}",
+                    f"{float(flops) / 1e12:.3f}",
                     f"{count['flops_attention'] / count['flops']:.2%}",
-                    f"{per_utterance(count, 'bytes') / 10**6:.3f}",
+                    f"{float(per_utterance(count, 'bytes')) / 1e6:.3f}",
                     seconds(forward, forward["samples"]),
                 ]
             )

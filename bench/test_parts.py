@@ -33,22 +33,24 @@ def test_corpus(row, timed, name, padded):
     """MAGT on the corpus's typical batch, padded to its longest conversation or one conversation after the other."""
     corpus = CORPORA[name]
     batch, epoch = corpus.typical_batch(16 if timed else 2), corpus.batches()
-    model, together = MAGT(corpus.config).to(DEVICE).eval(), conversations(batch, WIDTH, DEVICE)
+    model, together = MAGT(corpus.config).to(DEVICE), conversations(batch, WIDTH, DEVICE)
     alone = [one_conversation(together, i, length) for i, length in enumerate(batch)]
     calls = [together] if padded else alone
 
     flops = corpus.padded_flops if padded else corpus.valid_flops
     on_meta = MAGT(corpus.config).to("meta"), conversations(batch, WIDTH, "meta")
     assert count_with_torch(*on_meta) == count_with_fvcore(*on_meta) == corpus.padded_flops([batch])
+    kept = sum(bytes_for_backward(model, inputs, model.parameters()) for inputs in calls)
+    model.eval()
     outputs = row(
         lambda: [model(*inputs) for inputs in calls],
-        5,
+        3,
         kind="corpus",
         corpus=name,
         padded=padded,
         utterances=sum(batch),
         flops=flops([batch]).total,
-        bytes=sum(bytes_for_backward(model, inputs, model.parameters()) for inputs in calls),
+        bytes=kept,
         params=params(model),
         epoch_utterances=sum(corpus.lengths),
         epoch_slots=sum(len(batch) * max(batch) for batch in epoch) if padded else sum(corpus.lengths),

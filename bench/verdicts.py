@@ -186,22 +186,26 @@ def cheaper_from(U: int) -> int:
     return L
 
 
-def cheaper_in_time_from(rows: list[dict], U: int) -> float | None:
-    """The L where the forward times of an utterance cross, between grid points on log axes; None if off the grid."""
+def cheaper_in_time_from(rows: list[dict], U: int) -> float:
+    """The L where the forward times of an utterance cross, between grid points on log axes.
+
+    The grid's least L if MAGT is faster there already, infinity if it is nowhere faster.
+    """
     mult = select(rows, "forward", PUBLISHED)
     limit = per_utterance(select(rows, "forward", MAGT_)[U], "seconds")
     times = [(L, per_utterance(mult[L], "seconds")) for L in FRAMES]
+    if times[0][1] > limit:
+        return FRAMES[0]
     for (low, before), (high, after) in zip(times, times[1:]):
         if before <= limit < after:
             return low * (high / low) ** (math.log(limit / before) / math.log(after / before))
-    return None
+    return math.inf
 
 
 def crossings(rows: list[dict]) -> list[Verdict]:
     magt, mult = select(rows, "count", MAGT_), select(rows, "count", PUBLISHED)
     few, many = cheaper_from(UTTERANCES[0]), cheaper_from(UTTERANCES[-1])
-    in_time = [L for U in UTTERANCES if (L := cheaper_in_time_from(rows, U))]
-    time = f"L = {min(in_time):.0f} to {max(in_time):.0f}" if in_time else "not on the grid"
+    in_time = [cheaper_in_time_from(rows, U) for U in UTTERANCES]
     in_bytes = min(L for L in FRAMES if mult[L]["bytes"] > magt[NARROW_LENGTH]["bytes"])
     factors = {
         f"{name} {'/'.join(map(str, L))}": mult[L]["flops"] / magt[NARROW_LENGTH]["flops"]
@@ -212,7 +216,8 @@ def crossings(rows: list[dict]) -> list[Verdict]:
         Verdict(
             "From which L on is MAGT cheaper than MulT as published?",
             f"FLOPs: L = {few} (U = {UTTERANCES[0]}) to {many} (U = {UTTERANCES[-1]}); forward time on this machine: "
-            f"{time}; bytes: at L = {in_bytes} it already is",
+            f"L = {min(in_time):.0f} to {max(in_time):.0f}; bytes kept: L = {in_bytes}"
+            f" ({FRAMES[0]} is the least measured)",
             f"from L = {many} on; below L = {few} MulT takes fewer FLOPs",
         ),
         Verdict(
@@ -249,7 +254,7 @@ def beyond(rows: list[dict]) -> list[Verdict]:
         ),
         Verdict(
             "FLOPs of the three encoders that make an utterance's vectors, which the comparison leaves out",
-            f"{float(stage1 / 10**9):,.0f} G an utterance, "
+            f"{float(stage1) / 1e9:,.0f} G an utterance, "
             f"{float(stage1 / per_utterance(magt, 'flops')):,.0f} times MAGT's",
             "the frames are paid for in stage 1",
         ),
