@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusion import MAGT, RELEASED, TEXT, Anchor, Block, Concat, FusionConfig, sinusoidal_positions
+from fusion import MAGT, RELEASED, TEXT, Anchor, Block, Concat, Dropout, FusionConfig, sinusoidal_positions
 
 WIDTHS = {"text": 32, "audio": 20, "video": 32}
 SETS = [("text",), ("text", "audio"), ("video", "text"), ("text", "audio", "video")]
@@ -123,6 +123,19 @@ def test_the_scale_of_the_input_does_not_matter(width):
     )
     small, large = (net({"text": scale * x}, speakers, mask).logits[TEXT] for scale in (0.1, 10))
     torch.testing.assert_close(small, large, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_mean_and_drops_the_share(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 103, requires_grad=True)
+    y = Dropout(p)(x)
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.005)
+    assert y.mean().item() == pytest.approx(1, abs=0.01)
+    assert (y == 0).float().mean(0).std() < 0.03  # no column is dropped more than another: each byte is as random
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(Dropout(p).eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
 
 
 def test_an_unknown_speaker_adds_nothing():
