@@ -3,8 +3,8 @@
     python -m bench.caches          # bench/results/caches.json and caches.png; 3 minutes on two cores
 
 With both caches (what stage1.py does), with one of them, and with neither (every file decoded again in every epoch,
-the frozen teacher run again for every batch), in turn, three times over, in one process. The corpus is made up (demo.py)
-and the encoders are the demo's small ones: its teacher has 0.1 M parameters, RoBERTa-large has 355 M.
+the frozen teacher run again for every batch), in turn, three times over, in one process. The corpus is made up by
+demo.py, and the encoders are the demo's small ones: this teacher has 0.1 M parameters, RoBERTa-large has 355 M.
 """
 
 import dataclasses

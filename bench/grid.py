@@ -13,7 +13,6 @@ says how many utterances a timed call sees, and times are compared per utterance
 S (tested).
 """
 
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from bench import lengths
 from bench.measure import SEED, Flops, magt_flops, mult_flops
 from bench.mult import MulT, MulTConfig
 from fusion import MAGT, FusionConfig
+from training import make_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODALITIES = ("text", "audio", "video")
@@ -148,14 +148,15 @@ class Corpus:
     def config(self) -> FusionConfig:
         return FusionConfig(dict.fromkeys(MODALITIES, WIDTH), self.classes, SPEAKERS)
 
-    def batches(self, size: int = 16) -> list[list[int]]:
-        """One epoch in batches of `size` conversations, shuffled from the seed."""
-        order = random.Random(SEED).sample(self.lengths, len(self.lengths))
-        return [order[i : i + size] for i in range(0, len(order), size)]
+    def batches(self, size: int = 16, similar: bool = False) -> list[list[int]]:
+        """One epoch in batches of `size` conversations, at random from the seed, or of similar length as stage 2 does."""
+        torch.manual_seed(SEED)
+        batches = make_batches(self.lengths if similar else [1] * len(self.lengths), size)
+        return [[self.lengths[i] for i in batch] for batch in batches]
 
-    def typical_batch(self, size: int = 16) -> list[int]:
+    def typical_batch(self, size: int = 16, similar: bool = False) -> list[int]:
         """The batch of the epoch whose padded size is the median (the upper one of two)."""
-        by_size = sorted(self.batches(size), key=lambda batch: len(batch) * max(batch))
+        by_size = sorted(self.batches(size, similar), key=lambda batch: len(batch) * max(batch))
         return by_size[len(by_size) // 2]
 
     def padded_flops(self, batches: list[list[int]]) -> Flops:

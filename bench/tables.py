@@ -174,7 +174,7 @@ def loss_table(rows: list[dict]) -> str:
 def stage2_table(rows: list[dict]) -> str:
     body = []
     for corpus in dict.fromkeys(row["corpus"] for row in of_kind(rows, "stage2")):
-        for mode in MODES:
+        for mode in ("at random, eager", *MODES):
             line = [NOT_MEASURED] * 4
             for r in of_kind(rows, "stage2", corpus=corpus, mode=mode):
                 share = r["useful_flops"] / r["seconds"] / r["gemm_flops_per_s"]
@@ -183,7 +183,8 @@ def stage2_table(rows: list[dict]) -> str:
             body.append([f"{corpus}, {mode}", *line])
     text = (
         "Forward, Eq. 25 with the teacher detached, backward, AdamW. The share counts three forward passes over the "
-        "utterances that are there, not over padding, and none of the loss's own products.\n\n"
+        "utterances that are there, not over padding, and none of the loss's own products. The batches hold "
+        "conversations of similar length, as in stage2.py, but for the rows at random.\n\n"
     )
     return text + table(["", "utterances", "ms", "utterances/s", "share of the matrix-product rate"], body)
 

@@ -137,12 +137,12 @@ def test_loss(row, name, B):
 # Stage 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["at random, eager", *MODES])
 @pytest.mark.parametrize("name", CORPORA)
 def test_stage2_step(row, rate, timed, name, mode):
-    """Eq. 25 with the teacher detached, and AdamW, on the typical batch of 16 conversations."""
+    """Eq. 25 with the teacher detached, and AdamW, on the typical batch of 16 conversations of similar length."""
     corpus = CORPORA[name]
-    batch = corpus.typical_batch(16 if timed else 2)
+    batch = corpus.typical_batch(16 if timed else 2, similar=not mode.startswith("at random"))
     model = MAGT(corpus.config).to(DEVICE)
     inputs = conversations(batch, WIDTH, DEVICE)
     valid = inputs[2].flatten().nonzero().squeeze(1)  # indices and not a mask: their number is known to a CUDA graph
