@@ -149,7 +149,7 @@ class Corpus:
         return FusionConfig(dict.fromkeys(MODALITIES, WIDTH), self.classes, SPEAKERS)
 
     def batches(self, size: int = 16, similar: bool = False) -> list[list[int]]:
-        """One epoch in batches of `size` conversations, at random from the seed, or of similar length as stage 2 does."""
+        """One epoch in batches of `size` conversations, at random from the seed, or of similar length as in stage 2."""
         torch.manual_seed(SEED)
         batches = make_batches(self.lengths if similar else [1] * len(self.lengths), size)
         return [[self.lengths[i] for i in batch] for batch in batches]

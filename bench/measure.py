@@ -107,7 +107,10 @@ def count_with_fvcore(model: nn.Module, inputs: tuple) -> Flops:
         .uncalled_modules_warnings(False)
         .tracer_warnings("none")
     )
+    training = model.training
+    model.eval()  # the tracer cannot follow the random bytes of fusion.Dropout, in which there is no product
     counts = analysis.by_operator()
+    model.train(training)
     del counts["layer_norm"]  # no matrix product
     attention = counts.pop("scaled_dot_product_attention")
     return Flops(2 * attention, 2 * sum(counts.values()))
