@@ -119,8 +119,8 @@ def loss_inputs(B: int, device: str) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("B", B_SIZES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss(row, name, B):
-    loss, inputs = LOSSES[name], loss_inputs(B, DEVICE)
+def test_loss(row, timed, name, B):
+    loss, inputs = LOSSES[name], loss_inputs(B if timed else min(B_SIZES), DEVICE)
 
     def forward_backward():
         value = loss(*inputs)
@@ -273,7 +273,8 @@ def encoder_facts(name: str) -> dict:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_count(row, name):
-    row(partial(encoder_facts, name), 1, kind="encoder count", **encoder_facts(name))
+    model, inputs = encoder(name, "meta")
+    row(lambda: count_with_torch(model, (inputs,)), 1, kind="encoder count", **encoder_facts(name))
 
 
 @needs_cuda
