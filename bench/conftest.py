@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.grid import DEVICE
 from bench.measure import SEED, THREADS, environment, gemm_rate, synchronize
+from bench.plots import figure
 from bench.tables import markdown, results_path, verdict_text
 
 ROWS, RATE = pytest.StashKey[list[dict]](), pytest.StashKey[float]()
@@ -107,6 +108,7 @@ def pytest_sessionfinish(session, exitstatus):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(path))
+    figure(path)
     config.stash[WRITTEN] = path
 
 
@@ -120,4 +122,4 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     path = config.stash[WRITTEN]
     terminalreporter.line(verdict_text(path))
-    terminalreporter.line(f"Written: bench/results/{path.name} and {path.stem}.md")
+    terminalreporter.line(f"Written: bench/results/{path.name}, .md and .png")
