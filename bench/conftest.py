@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.grid import DEVICE
 from bench.measure import SEED, THREADS, environment, gemm_rate, synchronize
+from bench.plots import figure
 from bench.tables import markdown, results_path, verdict_text
 
 ROWS, RATE = pytest.StashKey[list[dict]](), pytest.StashKey[float]()
@@ -29,10 +30,10 @@ def timed(pytestconfig) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _pinned(timed):
+def _pinned():
     """The same threads and the same seed for each test of this folder; threads as before afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS if timed else 1)  # one thread does not wait for another on a busy machine
+    torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     yield
     torch.set_num_threads(before)
@@ -87,12 +88,11 @@ def _is_whole(session, exitstatus) -> bool:
     """Whether each bench of this folder was collected, timed and passed (those that need CUDA, where it is)."""
     benches = [item for item in session.items if "row" in getattr(item, "fixturenames", ())]
     can_run = [item for item in benches if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
-    files = {path.name for path in Path(__file__).parent.glob("test_*.py") if "(row" in path.read_text()}
     return (
         exitstatus == pytest.ExitCode.OK
         and session.config.stash[ROWS]
         and len(session.config.stash[ROWS]) == len(can_run)
-        and files == {item.path.name for item in benches}
+        and {item.path.name for item in benches} == {"test_grid.py", "test_parts.py"}
         and not session.config.stash.get(PARTIAL, False)
         and not any("::" in argument for argument in session.config.args)
     )
@@ -108,6 +108,7 @@ def pytest_sessionfinish(session, exitstatus):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(path))
+    figure(path)
     config.stash[WRITTEN] = path
 
 
@@ -121,4 +122,4 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     path = config.stash[WRITTEN]
     terminalreporter.line(verdict_text(path))
-    terminalreporter.line(f"Written: bench/results/{path.name} and {path.stem}.md")
+    terminalreporter.line(f"Written: bench/results/{path.name}, .md and .png")
