@@ -21,9 +21,9 @@ import av
 import numpy as np
 
 KEEP, CATCH = 0.55, 0.20  # probability of one's own last emotion again, of the last turn's; else a fresh draw
-WORDS_TELL, WORDS_MISLEAD = 0.64, 0.14  # the words show the emotion, or its neighbour; else they are non-committal
-VOICE_TELL, VOICE_NOISE = 0.60, 0.30  # the voice shows the emotion, else any at random; spread around the typical
-FACE_TELL, FACE_NOISE = 0.60, 0.35  # the same for the face
+WORDS_TELL, WORDS_MISLEAD = 0.60, 0.14  # the words show the emotion, or its neighbour; else they are non-committal
+VOICE_TELL, VOICE_NOISE = 0.72, 0.30  # the voice shows the emotion, else any at random; spread around the typical
+FACE_TELL, FACE_NOISE = 0.66, 0.35  # the same for the face
 
 SAMPLE_RATE, FPS = 16_000, 10
 HEIGHT, WIDTH, GREY = 96, 144, 90  # IEMOCAP's 3:2; both faces lie in the central square, so a centre crop keeps them

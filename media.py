@@ -154,6 +154,7 @@ class MediaStore:
                 f"{self.folder}: the decoded sound and frames of {len(todo)} utterances need {need / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB are free; give a folder on a larger disk with --out"
             )
+        print(f"decoding {len(todo)} utterances into {self.folder}: about {need / 1e9:.1f} GB", flush=True)
         with (
             open(self.folder / "audio.i16", "ab") as sound_file,
             open(self.folder / "frames.u8", "ab") as frame_file,

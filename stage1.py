@@ -24,7 +24,15 @@ from features import Features
 from losses import stage1_loss
 from media import MediaStore
 from report import scores
-from training import Config, check_finite, make_optimizer, mixed_precision, optimizer_step
+from training import (
+    Config,
+    check_finite,
+    make_batches,
+    make_optimizer,
+    mixed_precision,
+    optimizer_step,
+    padding_share,
+)
 
 
 class Examples(NamedTuple):
@@ -137,28 +145,13 @@ def train_encoder(
         loss = float(torch.stack(step_losses).mean())
         print(f"{name}: epoch {epoch + 1} of {epochs}, loss {loss:.4f}, dev W-F1 {f1:.2f}", flush=True)
         padding = {"padding": padding_share(lengths, batches)}
-        padding["padding_unsorted"] = padding_share(lengths, make_batches(lengths, config.stage1_batch, pool=1))
+        padding["padding_at_random"] = padding_share(lengths, make_batches([1] * len(train), config.stage1_batch))
         speed = {"utterances_per_second": len(train) / seconds, "lr": schedule.get_last_lr()[0]}
         checkpoint.log(out, device, model=name, epoch=epoch + 1, loss=loss, dev_f1=f1, **speed, **padding)
         checkpoint.save(resume, parts, epoch + 1, best)
     encoder.load_state_dict(best["model"])
     checkpoint.replace(out / f"{name}.safetensors", lambda part: save_model(encoder, part))
     resume.unlink()
-
-
-def make_batches(lengths: list[int], size: int, pool: int = 32) -> list[list[int]]:
-    """Indices in batches of similar length, in random order: shuffle, sort within pools of 32 batches, cut, shuffle."""
-    order = torch.randperm(len(lengths)).tolist()
-    pools = [order[i : i + pool * size] for i in range(0, len(order), pool * size)]
-    order = [i for p in pools for i in sorted(p, key=lengths.__getitem__)]
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
-
-
-def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
-    """The share of padding in batches that are padded to their longest row."""
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    return 1 - sum(lengths) / padded
 
 
 @torch.inference_mode()

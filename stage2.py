@@ -22,7 +22,15 @@ import losses
 from features import Features
 from fusion import MAGT, TEXT, Concat, FusionConfig, FusionOutput
 from report import mean_std, scores
-from training import Config, check_finite, make_optimizer, mixed_precision, optimizer_step
+from training import (
+    Config,
+    check_finite,
+    make_batches,
+    make_optimizer,
+    mixed_precision,
+    optimizer_step,
+    padding_share,
+)
 
 FUSIONS = {"Concat": Concat, "MAGT": MAGT}
 ROWS = {"text": "T", "audio": "A", "video": "V", "audio_kd": "A_KD", "video_kd": "V_KD"}  # Table 3's names
@@ -102,6 +110,7 @@ def train_fusion(
     )
     model = FUSIONS[name](fusion_config).to(device)
     train = data.of_split[0]
+    lengths = data.lengths[train].tolist()
     steps = config.stage2_epochs * -(-len(train) // config.stage2_batch)
     optimizer, schedule = make_optimizer(model, config.stage2_lr, steps, config.preset.warmup)
     autocast, scaler = mixed_precision(device)
@@ -114,8 +123,8 @@ def train_fusion(
         checkpoint.seed_everything(seed, name, epoch)
         model.train()
         start, terms = time.perf_counter(), []
-        order = [train[i] for i in torch.randperm(len(train)).tolist()]
-        batches = [order[i : i + config.stage2_batch] for i in range(0, len(order), config.stage2_batch)]
+        indices = make_batches(lengths, config.stage2_batch)
+        batches = [[train[i] for i in batch] for batch in indices]
         for batch in batches:
             features, speakers, mask, present, labels = data.batch(batch)
             with autocast:
@@ -133,8 +142,10 @@ def train_fusion(
         if dev_f1 > best["dev_f1"]:
             best |= {"dev_f1": dev_f1, "epoch": epoch + 1, "model": checkpoint.snapshot(model)}
             best |= {"labels": test["labels"], "predictions": test["predictions"]}
-        speed = {"utterances_per_second": int(data.lengths[train].sum()) / seconds, "lr": schedule.get_last_lr()[0]}
-        checkpoint.log(place.parent, device, model=place.name, epoch=epoch + 1, dev_f1=dev_f1, **speed)
+        speed = {"utterances_per_second": sum(lengths) / seconds, "lr": schedule.get_last_lr()[0]}
+        padding = {"padding": padding_share(lengths, indices)}
+        padding["padding_at_random"] = padding_share(lengths, make_batches([1] * len(train), config.stage2_batch))
+        checkpoint.log(place.parent, device, model=place.name, epoch=epoch + 1, dev_f1=dev_f1, **speed, **padding)
         if time.monotonic() - saved > SAVE_EVERY:
             checkpoint.save(resume, parts, epoch + 1, best)
             saved = time.monotonic()

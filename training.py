@@ -1,4 +1,5 @@
-"""The configurations (Table 1 of the paper) and what the two training loops share: precision, optimiser, one step.
+"""The configurations (Table 1 of the paper) and what the two training loops share: batches,
+precision, optimiser, one step.
 
 Not here: the loops themselves (stage1.py, stage2.py).
 """
@@ -69,6 +70,24 @@ PRESETS = {
         for name in CONFIGS
     },
 }
+
+
+def make_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices in batches of similar length, in random order: little padding, and no two epochs with the same batches.
+
+    Sorted by the length times a random factor between 0.9 and 1.1, cut into batches, and the batches shuffled.
+    """
+    keys = torch.tensor(lengths) * torch.empty(len(lengths)).uniform_(0.9, 1.1)
+    order = torch.randperm(len(lengths))
+    order = order[keys[order].argsort(stable=True)].tolist()  # equal keys in random order
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+
+
+def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
+    """The share of padding in batches that are padded to their longest row."""
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    return 1 - sum(lengths) / padded
 
 
 def mixed_precision(device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:
