@@ -32,7 +32,7 @@ from features import Features, read_features, write_features
 from media import MediaStore
 from report import machine, write_report
 from stage1 import predict, run_stage1, to_features
-from stage2 import ROWS, run_stage2
+from stage2 import FUSIONS, PAPERS, ROWS, run_stage2
 from training import CONFIGS, PRESETS, TINY, Config
 
 READERS = {"iemocap": read_iemocap, "meld": read_meld, "demo": read_iemocap}
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join([f"{corpus.name} at {args.root or args.out / 'corpus'}:", *(f"  {n}" for n in corpus.notes)]))
         features, rows, problems = stage1(config, corpus, args, device)
     sets = feature_sets(features, args.ablation)
-    rows |= run_stage2(config, features, sets, range(args.seed, args.seed + args.seeds), args.out, device)
+    seeds, fusions = range(args.seed, args.seed + args.seeds), tuple(FUSIONS) if args.ablation else PAPERS
+    rows |= run_stage2(config, features, sets, seeds, args.out, device, fusions)
     notes = (
         list(corpus.notes) if corpus else [f"features of {len(features.label)} utterances from {args.features.name}"]
     )
@@ -109,7 +110,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if args.stage1_epochs is not None:
         changes["stage1_epochs"] = dict.fromkeys(ENCODERS, args.stage1_epochs)
     changes["preset"] = PRESETS[args.preset][args.corpus]
-    changes["gradient_checkpointing"] = args.gradient_checkpointing
+    changes |= {k: getattr(args, k) for k in ("gradient_checkpointing", "class_weights", "causal")}
     return dataclasses.replace(CONFIGS[args.corpus], **changes)
 
 
@@ -179,13 +180,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated, for mean and deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
-        "--ablation", action="store_true", help="all thirteen rows of Table 3: five encoders, four sets"
+        "--ablation", action="store_true", help="all thirteen rows of Table 3 (five encoders, four sets), and Context"
     )
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="paper", help="released: the authors' code's stage 2"
     )
     parser.add_argument("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
     parser.add_argument("--beta", type=float, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
+    parser.add_argument(
+        "--causal", action="store_true", help="stage 2 reads the past alone, as `predict --stream` must"
+    )
+    parser.add_argument(
+        "--class-weights", action="store_true", help="cross entropy weighted by inverse class frequency"
+    )
     parser.add_argument("--stage1-epochs", type=int, help="of every encoder (default: Table 1's 10)")
     parser.add_argument("--stage2-epochs", type=int, help="(default: Table 1's 30)")
     parser.add_argument("--encoders", choices=["full", "tiny"], help="tiny: small, random weights (default for demo)")

@@ -52,7 +52,7 @@ def test_a_whole_run_leaves_its_files(meld_run):
     metrics = json.loads((out / "metrics.json").read_text())
     encoders = list(stage2.ROWS.values())
     sets = ["T+A+V", "T+A+V_KD", "T+A_KD+V", "T+A_KD+V_KD"]
-    assert list(metrics["rows"]) == [*encoders, *(f"{f} {s}" for f in ("Concat", "MAGT") for s in sets)]
+    assert list(metrics["rows"]) == [*encoders, *(f"{f} {s}" for f in stage2.FUSIONS for s in sets)]
     for name, row in metrics["rows"].items():
         assert len(row["seeds"]) == (1 if name in encoders else 2)
         assert 0 <= row["weighted_f1"]["mean"] <= 100
@@ -239,7 +239,7 @@ def test_ctrl_c_loses_nothing(iemocap, tmp_path):
 
 
 def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stage1, "stage1_loss", lambda logits, *_: logits.sum() * torch.nan)
+    monkeypatch.setattr(stage1, "stage1_loss", lambda logits, *_, **__: logits.sum() * torch.nan)
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
     assert magtkd.main(options) == 2
     error = capsys.readouterr().err
