@@ -30,6 +30,7 @@ from data import SPLITS, Corpus, InputError, read_iemocap, read_meld
 from encoders import ENCODERS, save_tiny, video_size
 from features import Features, read_features, write_features
 from media import MediaStore
+from pickles import read_pickles
 from report import machine, write_report
 from stage1 import predict, run_stage1, to_features
 from stage2 import FUSIONS, PAPERS, ROWS, run_stage2
@@ -46,10 +47,13 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     begun = dataclasses.asdict(config) | {"corpus": args.corpus, "seed": args.seed}
     if args.features:
-        begun["features"] = hashlib.sha256(read_bytes(args.features)).hexdigest()
+        files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]
+        begun["features"] = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
     elif args.corpus != "demo":
         begun["root"] = str(args.root.resolve())
-    features = read_features(args.features) if args.features else None
+    features = None
+    if args.features:
+        features = read_pickles(args.features) if args.features.is_dir() else read_features(args.features)
     corpus = None if args.features or args.corpus == "demo" else read_corpus(args)
     lock = checkpoint.open_run(args.out, begun, args.fresh)
 
@@ -176,7 +180,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("corpus", choices=list(CONFIGS), help="demo: a small made-up corpus, written on the spot")
     parser.add_argument("--root", type=Path, help=f"the corpus' folder (default: {' or '.join(ROOTS.values())})")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<corpus>, or runs/<features' name>)")
-    parser.add_argument("--features", type=Path, help="stage 2 alone, on this feature file (format: README)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="stage 2 alone, on this feature file (format: README), or on a folder with the authors' three pickles",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated, for mean and deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
