@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 import checkpoint
 import demo
+import experiments
 from data import SPLITS, Corpus, InputError, read_iemocap, read_meld
 from encoders import ENCODERS, save_tiny, video_size
 from features import Features, read_features, write_features
@@ -78,9 +79,20 @@ def run(args: argparse.Namespace) -> None:
         "label_names": features.label_names,
         "rows": rows,
     }
+    if args.ablation:
+        (args.out / "figures").mkdir(exist_ok=True)
+        result["comparisons"], result["section"] = experiments.ablation(features, rows, args.out)
     table = write_report(args.out, result)
     print(f"\n{result['title']}; test, {args.seeds} seeds of stage 2\n\n{table}\n")
     print(f"The whole report: {args.out / 'report.md'}")
+    more = (args.out, device, result["made_up"])
+    kinds = feature_sets(features, ablation=False)[0]
+    if args.sweep is not None:
+        print(f"\n{experiments.sweep(config, features, kinds, seeds, args.sweep or experiments.GRID, *more)}\n")
+        print(f"More: {args.out / 'sweep.md'}")
+    if args.compare_presets:
+        print(f"\n{experiments.compare_presets(config, features, kinds, seeds, args.corpus, *more)}\n")
+        print(f"More: {args.out / 'presets.md'}")
     lock.close()
 
 
@@ -191,6 +203,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ablation", action="store_true", help="all thirteen rows of Table 3 (five encoders, four sets), and Context"
     )
     parser.add_argument(
+        "--sweep",
+        type=float,
+        nargs="*",
+        metavar="X",
+        help="MAGT over a grid of alpha and beta (default: 0 to 1 by 0.2)",
+    )
+    parser.add_argument(
+        "--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth"
+    )
+    parser.add_argument(
         "--preset", choices=list(PRESETS), default="paper", help="released: the authors' code's stage 2"
     )
     parser.add_argument("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
@@ -213,6 +235,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be 1 or more")
+    if any(not 0 <= x < float("inf") for x in args.sweep or ()):
+        parser.error("--sweep wants weights of 0 or more")
     if args.corpus == "demo" and args.root:
         parser.error("demo writes its own corpus; --root belongs to iemocap and meld")
     args.root = args.root or (Path(ROOTS[args.corpus]) if args.corpus in ROOTS else None)

@@ -23,7 +23,7 @@ import losses
 from data import InputError
 from features import Features
 from fusion import MAGT, TEXT, Concat, Context, FusionConfig, FusionOutput
-from report import mean_std, scores
+from report import main_row, mean_std, scores
 from training import (
     Config,
     check_finite,
@@ -222,7 +222,7 @@ def run_stage2(
     device: torch.device,
     fusions: tuple[str, ...] = PAPERS,
 ) -> dict[str, list[dict]]:
-    """Each fusion over each feature set, with each seed; the last row's best model is left in fusion.safetensors.
+    """Each fusion over each feature set, with each seed; the main row's best model is left in fusion.safetensors.
 
     sets: tuples of kinds of vectors, text first. Returns rows of Table 3: name -> a result of train_fusion per seed.
     """
@@ -239,8 +239,9 @@ def run_stage2(
             ]
             mean, std = mean_std([scores(r["labels"], r["predictions"])["weighted_f1"] for r in rows[row]])
             print(f"{row}: test W-F1 {mean:.2f} ± {std:.2f}, {len(places)} seeds", flush=True)
+    row = main_row(list(rows))
     best = max(rows[row], key=lambda r: r["dev_f1"])
-    weights = places[best["seed"]].with_suffix(".safetensors")
+    weights = out / "fusion" / f"{row.replace(' ', '-')}-seed{best['seed']}.safetensors"
     checkpoint.replace(out / "fusion.safetensors", lambda part: shutil.copyfile(weights, part))
     return rows
 

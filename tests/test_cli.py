@@ -46,7 +46,7 @@ def test_a_whole_run_leaves_its_files(meld_run):
         assert (out / name).stat().st_size > 0, name
     for name in stage2.ROWS:
         assert (out / f"{name}.safetensors").exists() and (out / f"{name}.vectors.safetensors").exists()
-    assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png"}
+    assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png", "gates.png", "tsne.png"}
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.resume.pt"))
 
     metrics = json.loads((out / "metrics.json").read_text())
@@ -247,7 +247,9 @@ def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
     assert "no longer a number, first in step 0" in error and sum(i in error for i in train) >= 8
 
 
-@pytest.mark.parametrize("options", [["demo", "--root", "x"], ["demo", "--seeds", "0"], ["nothing"], []])
+@pytest.mark.parametrize(
+    "options", [["demo", "--root", "x"], ["demo", "--seeds", "0"], ["demo", "--sweep", "-1"], ["nothing"], []]
+)
 def test_options_that_do_not_fit(options):
     with pytest.raises(SystemExit) as e:
         magtkd.main(options)
