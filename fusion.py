@@ -1,4 +1,5 @@
-"""Stage 2: the Multi-modal Anchor Gated Transformer (MAGT, Eq. 15-23) and the paper's baseline, Concat (Figure 3).
+"""Stage 2: the Multi-modal Anchor Gated Transformer (MAGT, Eq. 15-23), the paper's baseline Concat (Figure 3), and
+Context, a baseline of our own that sees the conversation but has no anchors and no gates.
 
     config = FusionConfig(widths={"text": 768, "audio": 768, "video": 768}, num_classes=6, num_speakers=2)
     logits, hidden = MAGT(config)(features, speakers, mask)      # copy this file: it needs torch and nothing else
@@ -6,6 +7,8 @@
 A conversation is U utterances, each one vector per modality. Every modality in turn is the anchor: its utterances ask
 (query) and those of a source answer (key, value); a gate decides how much of each answer passes. Audio and video are
 anchors first; text, the strongest, comes last, and listens to itself and to the two enriched sequences.
+
+A causal MAGT reads the past and the present alone, and takes a conversation as it happens: `MAGT.step`.
 
 Shapes: B conversations, U utterances in the longest of them, D width, C classes. Not here: losses, training, and the
 encoders that make the vectors.
@@ -23,7 +26,7 @@ TEXT = "text"  # the last anchor; its logits are the prediction
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Sizes of MAGT and Concat. A modality without an entry in `widths` has no part in the model; text needs one."""
+    """Sizes of a fusion model. A modality without an entry in `widths` has no part in the model; text needs one."""
 
     widths: dict[str, int]  # modality -> width d_m of its features
     num_classes: int  # C
@@ -38,6 +41,7 @@ class FusionConfig:
     shared_text_anchor: bool = False  # the text anchor's streams share one block and one gate
     relu_gate: bool = False  # a ReLU inside the gate, which is then never below 0.5
     tags_twice: bool = False  # positions and speakers are added once more to the enriched sequences
+    causal: bool = False  # an utterance reads itself and the past, never the future
 
     def __post_init__(self):
         if TEXT not in self.widths:
@@ -76,25 +80,60 @@ class Dropout(nn.Module):
         return x * keep / (1 - round(256 * self.p) / 256)
 
 
+class Past:
+    """What a causal MAGT has read of B conversations so far: the keys and values of every stream. Empty at first."""
+
+    def __init__(self):
+        self.length = 0  # utterances
+        self._streams: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def extend(self, stream: tuple[str, str], k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends one utterance to a stream (anchor, source); returns all of it so far.
+
+        k, v: [B, heads, 1, D / heads] in, [B, heads, U, D / heads] out; key_mask: [B, 1] in, [B, U] out.
+        """
+        if stream in self._streams:
+            before = self._streams[stream]
+            k, v, key_mask = (torch.cat(pair, dim=d) for pair, d in zip(zip(before, (k, v, key_mask)), (2, 2, 1)))
+        self._streams[stream] = k, v, key_mask
+        return k, v, key_mask
+
+
 class Block(nn.Module):
     """Transformer(Q, K, V) of Eq. 19-20: the anchor's utterances (query) read the source's (key and value)."""
 
     def __init__(self, config: FusionConfig):
         super().__init__()
         D = config.width
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, config.causal
         self.query = nn.Linear(D, D)
         self.key_value = nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, D)
         self.drop = Dropout(config.dropout)
         self.ffn = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), self.drop, nn.Linear(D, D), self.drop)
 
-    def forward(self, anchor: Tensor, source: Tensor, key_mask: Tensor) -> Tensor:
-        """anchor, source [B, U, D]; key_mask [B, U], True where the source may be read. Returns [B, U, D]."""
+    def forward(
+        self,
+        anchor: Tensor,
+        source: Tensor,
+        key_mask: Tensor,
+        past: Past | None = None,
+        stream: tuple[str, str] = (TEXT, TEXT),
+    ) -> Tensor:
+        """anchor, source [B, U, D]; key_mask [B, U], True where the source may be read. Returns [B, U, D].
+
+        past: U is 1, and this utterance reads what `stream` has kept there, too.
+        """
         q = self._split(self.query(anchor))  # [B, heads, U, D / heads]
         k, v = map(self._split, self.key_value(source).chunk(2, dim=-1))
+        if past is not None:
+            k, v, key_mask = past.extend(stream, k, v, key_mask)
+        may_read = key_mask[:, None, None, :]  # [B, 1, 1, U]
+        if self.causal and past is None:
+            U = key_mask.shape[1]
+            may_read = may_read & torch.ones(U, U, dtype=torch.bool, device=key_mask.device).tril()  # [B, 1, U, U]
         # A row without any key (a conversation whose sound is missing throughout) gives 0, not NaN.
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :])
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=may_read)
         x = anchor + self.drop(self.out(read.transpose(1, 2).flatten(2)))
         return x + self.ffn(x)
 
@@ -105,9 +144,9 @@ class Block(nn.Module):
 class Anchor(nn.Module):
     """One anchor and its gated streams (Eq. 19-22), merged: the anchor's enriched sequence."""
 
-    def __init__(self, config: FusionConfig, sources: list[str], shared: bool = False):
+    def __init__(self, config: FusionConfig, sources: list[str], shared: bool = False, name: str = TEXT):
         super().__init__()
-        D = config.width
+        D, self.name = config.width, name
         self.relu_gate = config.relu_gate
         if shared:  # the same modules under every key
             blocks, gates = [Block(config)] * len(sources), [nn.Linear(D, D)] * len(sources)
@@ -117,11 +156,13 @@ class Anchor(nn.Module):
         self.gate = nn.ModuleDict(zip(sources, gates))
         self.merge = nn.Linear(len(sources) * D, D)  # the paper does not say how; concatenate and project
 
-    def forward(self, anchor: Tensor, sources: dict[str, Tensor], key_masks: dict[str, Tensor]) -> Tensor:
+    def forward(
+        self, anchor: Tensor, sources: dict[str, Tensor], key_masks: dict[str, Tensor], past: Past | None = None
+    ) -> Tensor:
         """anchor [B, U, D]; sources {name: [B, U, D]}; key_masks {name: [B, U]}. Returns [B, U, D]."""
         streams = []
         for name, block in self.block.items():
-            h = block(anchor, sources[name], key_masks[name])  # Eq. 19, 20
+            h = block(anchor, sources[name], key_masks[name], past, (self.name, name))  # Eq. 19, 20
             gate = self.gate[name](h)
             alpha = torch.sigmoid(F.relu(gate) if self.relu_gate else gate)  # Eq. 21
             streams.append(h * alpha)  # Eq. 22
@@ -134,20 +175,13 @@ class MAGT(nn.Module):
     def __init__(self, config: FusionConfig):
         super().__init__()
         self.config = config
-        D, modalities = config.width, list(config.widths)
-        self.input = nn.ModuleDict({m: self._input(width) for m, width in config.widths.items()})
-        self.speaker = nn.Embedding(config.num_speakers + 1, D, padding_idx=0)  # row 0, always zero: speaker -1
-        with torch.no_grad():
-            self.speaker.weight *= 0.02  # near that zero: an unknown speaker is then nothing strange
+        modalities = list(config.widths)
+        self.input = input_layers(config)
+        self.speaker = speaker_embedding(config)
         self.anchor = nn.ModuleDict(
-            {m: Anchor(config, modalities, shared=config.shared_text_anchor and m == TEXT) for m in modalities}
+            {m: Anchor(config, modalities, config.shared_text_anchor and m == TEXT, m) for m in modalities}
         )
-        self.classifier = nn.ModuleDict({m: nn.Linear(D, config.num_classes) for m in modalities})
-
-    def _input(self, width: int) -> nn.Module:
-        """F_m as it comes, or through a linear layer where its width is not D; then the LayerNorm."""
-        linear = nn.Identity() if width == self.config.width else nn.Linear(width, self.config.width)
-        return nn.Sequential(linear, nn.LayerNorm(self.config.width)) if self.config.input_norm else linear
+        self.classifier = nn.ModuleDict({m: nn.Linear(config.width, config.num_classes) for m in modalities})
 
     def forward(
         self,
@@ -155,6 +189,7 @@ class MAGT(nn.Module):
         speakers: Tensor,
         mask: Tensor,
         present: dict[str, Tensor] | None = None,
+        past: Past | None = None,
     ) -> FusionOutput:
         """Logits and enriched sequences of every modality.
 
@@ -163,17 +198,36 @@ class MAGT(nn.Module):
         mask: [B, U] bool, True at utterances, False at padding; each conversation has an utterance.
         present: {modality: [B, U] bool}, False where an utterance lacks its sound or picture: there the feature counts
             as zero and is not read by others. Default: nothing lacks.
+        past: for `step`, which is the way to use it.
         Errors: ValueError for a modality too many or too few, or a shape that does not fit.
         """
         masks = check_inputs(self.config, features, mask, present, speakers)
-        positions = sinusoidal_positions(mask.shape[1], self.config.width, mask.device)
+        start = 0 if past is None else past.length
+        positions = sinusoidal_positions(mask.shape[1], self.config.width, mask.device, start)
         tags = positions + self.speaker(speakers + 1)  # PE + SE, [B, U, D]
         h = {m: self.input[m](features[m]) * masks[m].unsqueeze(-1) + tags for m in features}  # Eq. 18
 
-        hidden = {m: self.anchor[m](h[m], h, masks) for m in h if m != TEXT}
+        hidden = {m: self.anchor[m](h[m], h, masks, past) for m in h if m != TEXT}
         enriched = {m: x + tags for m, x in hidden.items()} if self.config.tags_twice else hidden
-        hidden[TEXT] = self.anchor[TEXT](h[TEXT], {**enriched, TEXT: h[TEXT]}, masks)  # t'
+        hidden[TEXT] = self.anchor[TEXT](h[TEXT], {**enriched, TEXT: h[TEXT]}, masks, past)  # t'
         return FusionOutput({m: self.classifier[m](x) for m, x in hidden.items()}, hidden)  # Eq. 23 before the argmax
+
+    def step(
+        self, past: Past, features: dict[str, Tensor], speakers: Tensor, present: dict[str, Tensor] | None = None
+    ) -> FusionOutput:
+        """The next utterance of B conversations, of a causal model: what `forward` says of it in the whole.
+
+        past: Past() at the first utterance; holds this one too afterwards. Cost and size are linear in its length.
+        features: {modality: [B, d_m]}; speakers: [B]; present: {modality: [B]}. Returns [B, C] and [B, D].
+        Errors: ValueError for a model that is not causal, and as `forward`.
+        """
+        if not self.config.causal:
+            raise ValueError("step needs a model with causal=True: this one was trained to read the future")
+        mask = torch.ones_like(speakers, dtype=torch.bool).unsqueeze(1)
+        at = {m: x.unsqueeze(1) for m, x in (present or {}).items()}
+        out = self({m: x.unsqueeze(1) for m, x in features.items()}, speakers.unsqueeze(1), mask, at, past)
+        past.length += 1
+        return FusionOutput(*({m: x.squeeze(1) for m, x in part.items()} for part in out))
 
 
 class Concat(nn.Module):
@@ -203,10 +257,60 @@ class Concat(nn.Module):
         return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x})
 
 
-def sinusoidal_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Eq. 15, 16: PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos(the same), p from 0. [length, width]."""
+class Context(nn.Module):
+    """A baseline of our own: one transformer block over the conversation, each utterance's vectors put side by side.
+
+    The same inputs, positions, speakers and block as MAGT's, and neither anchors nor gates: between Concat, which sees
+    one utterance, and MAGT it tells what context brings from what anchors and gates bring. Input and output as MAGT's,
+    all of it under "text".
+    """
+
+    def __init__(self, config: FusionConfig):
+        super().__init__()
+        self.config = config
+        self.input = input_layers(config)
+        self.speaker = speaker_embedding(config)
+        self.merge = nn.Linear(len(config.widths) * config.width, config.width)
+        self.block = Block(config)
+        self.classifier = nn.Linear(config.width, config.num_classes)
+
+    def forward(
+        self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, present: dict[str, Tensor] | None = None
+    ) -> FusionOutput:
+        """See MAGT.forward."""
+        masks = check_inputs(self.config, features, mask, present, speakers)
+        parts = [layer(features[m]) * masks[m].unsqueeze(-1) for m, layer in self.input.items()]
+        tags = sinusoidal_positions(mask.shape[1], self.config.width, mask.device) + self.speaker(speakers + 1)
+        h = self.merge(torch.cat(parts, dim=-1)) + tags  # [B, U, D]
+        x = self.block(h, h, mask)
+        return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x})
+
+
+def input_layers(config: FusionConfig) -> nn.ModuleDict:
+    """Per modality: F_m as it comes, or through a linear layer where its width is not D; then the LayerNorm."""
+
+    def layer(width: int) -> nn.Module:
+        linear = nn.Identity() if width == config.width else nn.Linear(width, config.width)
+        return nn.Sequential(linear, nn.LayerNorm(config.width)) if config.input_norm else linear
+
+    return nn.ModuleDict({m: layer(width) for m, width in config.widths.items()})
+
+
+def speaker_embedding(config: FusionConfig) -> nn.Embedding:
+    """Eq. 17. Row 0 is speaker -1 and always zero; the others begin near it: an unknown one is then nothing strange."""
+    embedding = nn.Embedding(config.num_speakers + 1, config.width, padding_idx=0)
+    with torch.no_grad():
+        embedding.weight *= 0.02
+    return embedding
+
+
+def sinusoidal_positions(length: int, width: int, device: torch.device | None = None, start: int = 0) -> Tensor:
+    """Eq. 15, 16: PE(p, 2i) = sin(p / 10000^(2i / width)), PE(p, 2i + 1) = cos(the same), p from `start`.
+
+    Returns [length, width].
+    """
     frequency = 10000 ** (-torch.arange(0, width, 2, device=device) / width)
-    angle = torch.arange(length, device=device)[:, None] * frequency  # [length, width / 2]
+    angle = torch.arange(start, start + length, device=device)[:, None] * frequency  # [length, width / 2]
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # interleaved
 
 

@@ -89,12 +89,15 @@ def distillation_loss(
     return l_f + soft_label_loss(student_logits, teacher_logits)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 13: L_CE. logits [B, C]; labels [B], class indices (int64)."""
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Eq. 13: L_CE. logits [B, C]; labels [B], class indices (int64).
+
+    weight: [C], how much a sample of each class counts in the mean over the batch. Default: all the same, the paper.
+    """
     _logits("logits", logits)
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels must be [{logits.shape[0]}], one per row of logits, got {list(labels.shape)}")
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, weight)
 
 
 def stage1_loss(
@@ -103,14 +106,16 @@ def stage1_loss(
     features: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     teacher_features: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Eq. 14: L_all = L_CE + L_s + L_f, what a distilled encoder is trained with; without a teacher L_CE alone.
 
     logits [B, C], labels [B], features [B, d]; teacher_logits and teacher_features likewise, both or neither.
+    weight: [C], as for cross_entropy.
     """
     if (teacher_logits is None) != (teacher_features is None):
         raise ValueError("give both teacher_logits and teacher_features, or neither")
-    loss = cross_entropy(logits, labels)
+    loss = cross_entropy(logits, labels, weight)
     if teacher_logits is None:
         return loss
     if features is None:

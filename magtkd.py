@@ -26,13 +26,15 @@ from safetensors import SafetensorError
 
 import checkpoint
 import demo
+import experiments
 from data import SPLITS, Corpus, InputError, read_iemocap, read_meld
 from encoders import ENCODERS, save_tiny, video_size
 from features import Features, read_features, write_features
 from media import MediaStore
+from pickles import read_pickles
 from report import machine, write_report
 from stage1 import predict, run_stage1, to_features
-from stage2 import ROWS, run_stage2
+from stage2 import FUSIONS, PAPERS, ROWS, run_stage2
 from training import CONFIGS, PRESETS, TINY, Config
 
 READERS = {"iemocap": read_iemocap, "meld": read_meld, "demo": read_iemocap}
@@ -46,10 +48,13 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     begun = dataclasses.asdict(config) | {"corpus": args.corpus, "seed": args.seed}
     if args.features:
-        begun["features"] = hashlib.sha256(read_bytes(args.features)).hexdigest()
+        files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]
+        begun["features"] = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
     elif args.corpus != "demo":
         begun["root"] = str(args.root.resolve())
-    features = read_features(args.features) if args.features else None
+    features = None
+    if args.features:
+        features = read_pickles(args.features) if args.features.is_dir() else read_features(args.features)
     corpus = None if args.features or args.corpus == "demo" else read_corpus(args)
     lock = checkpoint.open_run(args.out, begun, args.fresh)
 
@@ -59,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join([f"{corpus.name} at {args.root or args.out / 'corpus'}:", *(f"  {n}" for n in corpus.notes)]))
         features, rows, problems = stage1(config, corpus, args, device)
     sets = feature_sets(features, args.ablation)
-    rows |= run_stage2(config, features, sets, range(args.seed, args.seed + args.seeds), args.out, device)
+    seeds, fusions = range(args.seed, args.seed + args.seeds), tuple(FUSIONS) if args.ablation else PAPERS
+    rows |= run_stage2(config, features, sets, seeds, args.out, device, fusions)
     notes = (
         list(corpus.notes) if corpus else [f"features of {len(features.label)} utterances from {args.features.name}"]
     )
@@ -73,9 +79,20 @@ def run(args: argparse.Namespace) -> None:
         "label_names": features.label_names,
         "rows": rows,
     }
+    if args.ablation:
+        (args.out / "figures").mkdir(exist_ok=True)
+        result["comparisons"], result["section"] = experiments.ablation(features, rows, args.out)
     table = write_report(args.out, result)
     print(f"\n{result['title']}; test, {args.seeds} seeds of stage 2\n\n{table}\n")
     print(f"The whole report: {args.out / 'report.md'}")
+    more = (args.out, device, result["made_up"])
+    kinds = feature_sets(features, ablation=False)[0]
+    if args.sweep is not None:
+        print(f"\n{experiments.sweep(config, features, kinds, seeds, args.sweep or experiments.GRID, *more)}\n")
+        print(f"More: {args.out / 'sweep.md'}")
+    if args.compare_presets:
+        print(f"\n{experiments.compare_presets(config, features, kinds, seeds, args.corpus, *more)}\n")
+        print(f"More: {args.out / 'presets.md'}")
     lock.close()
 
 
@@ -109,7 +126,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if args.stage1_epochs is not None:
         changes["stage1_epochs"] = dict.fromkeys(ENCODERS, args.stage1_epochs)
     changes["preset"] = PRESETS[args.preset][args.corpus]
-    changes["gradient_checkpointing"] = args.gradient_checkpointing
+    changes |= {k: getattr(args, k) for k in ("gradient_checkpointing", "class_weights", "causal")}
     return dataclasses.replace(CONFIGS[args.corpus], **changes)
 
 
@@ -175,17 +192,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("corpus", choices=list(CONFIGS), help="demo: a small made-up corpus, written on the spot")
     parser.add_argument("--root", type=Path, help=f"the corpus' folder (default: {' or '.join(ROOTS.values())})")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<corpus>, or runs/<features' name>)")
-    parser.add_argument("--features", type=Path, help="stage 2 alone, on this feature file (format: README)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="stage 2 alone, on this feature file (format: README), or on a folder with the authors' three pickles",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated, for mean and deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
-        "--ablation", action="store_true", help="all thirteen rows of Table 3: five encoders, four sets"
+        "--ablation", action="store_true", help="all thirteen rows of Table 3 (five encoders, four sets), and Context"
+    )
+    parser.add_argument(
+        "--sweep",
+        type=float,
+        nargs="*",
+        metavar="X",
+        help="MAGT over a grid of alpha and beta (default: 0 to 1 by 0.2)",
+    )
+    parser.add_argument(
+        "--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth"
     )
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="paper", help="released: the authors' code's stage 2"
     )
     parser.add_argument("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
     parser.add_argument("--beta", type=float, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
+    parser.add_argument(
+        "--causal", action="store_true", help="stage 2 reads the past alone, as `predict --stream` must"
+    )
+    parser.add_argument(
+        "--class-weights", action="store_true", help="cross entropy weighted by inverse class frequency"
+    )
     parser.add_argument("--stage1-epochs", type=int, help="of every encoder (default: Table 1's 10)")
     parser.add_argument("--stage2-epochs", type=int, help="(default: Table 1's 30)")
     parser.add_argument("--encoders", choices=["full", "tiny"], help="tiny: small, random weights (default for demo)")
@@ -198,6 +235,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be 1 or more")
+    if any(not 0 <= x < float("inf") for x in args.sweep or ()):
+        parser.error("--sweep wants weights of 0 or more")
     if args.corpus == "demo" and args.root:
         parser.error("demo writes its own corpus; --root belongs to iemocap and meld")
     args.root = args.root or (Path(ROOTS[args.corpus]) if args.corpus in ROOTS else None)

@@ -88,10 +88,12 @@ def write_report(out: Path, result: dict) -> str:
     result: "title", "made_up" (bool), "corpus" (a key of PAPER, or another name), "machine", "notes", "problems" (lists
     of lines), "label_names", and "rows": name -> list, one entry per seed, of {"seed", "labels", "predictions" (on
     test, of the epoch chosen on dev), "epoch", for stage 2 "test_selected" (scores) and "history" (a dict per epoch)}.
+    With the ablation also "comparisons", for metrics.json, and "section" (Markdown), from experiments.py.
     """
     metrics = {k: result[k] for k in ("title", "made_up", "corpus", "machine", "notes", "problems")}
     metrics["rows"] = {name: _summary(runs) for name, runs in result["rows"].items()}
-    best = list(result["rows"])[-1]  # the paper's own system comes last
+    metrics["comparisons"] = result.get("comparisons", [])
+    best = main_row(list(result["rows"]))
     runs, names = result["rows"][best], result["label_names"]
     labels = np.concatenate([r["labels"] for r in runs])
     predictions = np.concatenate([r["predictions"] for r in runs])
@@ -126,6 +128,7 @@ def write_report(out: Path, result: dict) -> str:
     text += "\n![Confusion matrix](figures/confusion.png)\n"
     if histories:
         text += "\n![Losses over the epochs](figures/losses.png)\n"
+    text += f"\n{result['section']}" if "section" in result else ""
     text += "\n## The corpus\n\n" + "".join(f"- {note}\n" for note in result["notes"])
     if result["problems"]:
         text += (
@@ -134,6 +137,11 @@ def write_report(out: Path, result: dict) -> str:
         text += "".join(f"- {line}\n" for line in result["problems"])
     replace(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
     return table
+
+
+def main_row(rows: list[str]) -> str:
+    """The row that is shown in detail and whose model is kept: the paper's best, or else the last."""
+    return "MAGT T+A_KD+V" if "MAGT T+A_KD+V" in rows else rows[-1]
 
 
 def _summary(runs: list[dict]) -> dict:

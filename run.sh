@@ -2,6 +2,7 @@
 # bash run.sh demo                    both stages on a small made-up corpus; needs no download, no licence and no GPU
 # bash run.sh iemocap --root DIR      both stages on IEMOCAP_full_release (meld: on MELD.Raw)
 # bash run.sh test | bench            the tests; the benchmark of the paper's complexity claims
+# bash run.sh predict --run DIR --input CSV   emotions of a conversation of your own, by a finished run
 # bash run.sh demo --help             every option
 #
 # Uses the active Python if it has all of requirements.txt, else makes .venv beside this file, once (3-4 minutes, 5 GB).
@@ -36,8 +37,9 @@ fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 case "${1-}" in
-  "") sed -n '2,7s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
+  "") sed -n '2,8s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
   test) shift; cd "$here"; exec "$python" -m pytest -q tests bench --benchmark-disable "$@" ;;
+  predict) shift; exec "$python" "$here/predict.py" "$@" ;;
   bench) shift; cd "$here"; exec "$python" -m pytest bench --benchmark-only "$@" ;;
   *) exec "$python" "$here/magtkd.py" "$@" ;;
 esac

@@ -27,6 +27,7 @@ from report import scores
 from training import (
     Config,
     check_finite,
+    class_weights,
     make_batches,
     make_optimizer,
     mixed_precision,
@@ -110,6 +111,9 @@ def train_encoder(
             f"no utterance of train has what the {name} encoder needs; look at the corpus' sound and video"
         )
     lengths = [examples.length(u.id) for u in train]
+    weight = None
+    if config.class_weights:
+        weight = class_weights(torch.tensor([u.label for u in train]), len(corpus.label_names)).to(device)
     epochs = config.stage1_epochs[name.removesuffix("_kd")]
     steps = epochs * -(-len(train) // config.stage1_batch)
     optimizer, schedule = make_optimizer(encoder, config.stage1_lr, steps, 0.1)
@@ -129,11 +133,11 @@ def train_encoder(
             with autocast:
                 features, logits = encoder(**inputs)
             if teacher is None:
-                loss = stage1_loss(logits, labels)  # Eq. 13
+                loss = stage1_loss(logits, labels, weight=weight)  # Eq. 13
             else:
                 rows = [row[u.id] for u in utterances]
                 t_logits, t_features = teacher.logits[rows].to(device), teacher.features[rows].to(device)
-                loss = stage1_loss(logits, labels, features, t_logits, t_features)  # Eq. 14
+                loss = stage1_loss(logits, labels, features, t_logits, t_features, weight)  # Eq. 14
             optimizer_step(loss, encoder, optimizer, schedule, scaler, config.clip)
             step_losses.append(loss.detach())
         check_finite(step_losses, [[train[i].id for i in batch] for batch in batches])

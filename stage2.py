@@ -1,4 +1,4 @@
-"""Stage 2: the vectors of a conversation's utterances are fused, by MAGT or by Concat (Eq. 15-25).
+"""Stage 2: the vectors of a conversation's utterances are fused, by MAGT, Concat or Context (Eq. 15-25).
 
 All features live on the device and batches are formed by indexing, so no loader is needed. The epoch is chosen on dev.
 
@@ -13,18 +13,21 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 import losses
+from data import InputError
 from features import Features
-from fusion import MAGT, TEXT, Concat, FusionConfig, FusionOutput
-from report import mean_std, scores
+from fusion import MAGT, TEXT, Concat, Context, FusionConfig, FusionOutput
+from report import main_row, mean_std, scores
 from training import (
     Config,
     check_finite,
+    class_weights,
     make_batches,
     make_optimizer,
     mixed_precision,
@@ -32,7 +35,8 @@ from training import (
     padding_share,
 )
 
-FUSIONS = {"Concat": Concat, "MAGT": MAGT}
+FUSIONS = {"Concat": Concat, "Context": Context, "MAGT": MAGT}  # the tables' order; the paper's own system last
+PAPERS = ("Concat", "MAGT")  # those of Table 3
 ROWS = {"text": "T", "audio": "A", "video": "V", "audio_kd": "A_KD", "video_kd": "V_KD"}  # Table 3's names
 SAVE_EVERY = 20.0  # seconds: an epoch can be shorter than the writing of its state (0.7 GB at D = 768)
 
@@ -41,10 +45,12 @@ class Conversations:
     """A feature file on the device, handed out as padded batches of conversations by indexing."""
 
     def __init__(self, features: Features, kinds: tuple[str, ...], device: torch.device):
+        self.kinds = kinds
         modality = {kind: kind.removesuffix("_kd") for kind in kinds}
         self.vectors = {modality[k]: features.vectors[k].to(device) for k in kinds}
         self.present = {modality[k]: features.present[k].to(device) for k in kinds}
         self.label = features.label.to(device)
+        self.class_weights = class_weights(features.label[features.split == 0], len(features.label_names)).to(device)
         seen = features.speaker[features.split == 0].unique()
         self.num_speakers = int(seen.max()) + 1
         # A speaker never seen in training has an embedding that was never trained: -1, which adds nothing.
@@ -70,9 +76,19 @@ class Conversations:
         return features, self.speaker[rows].where(mask, -1), mask, present, self.label[rows]
 
 
-def fusion_losses(out: FusionOutput, labels: Tensor, mask: Tensor, present: dict[str, Tensor], config: Config) -> dict:
-    """Eq. 25 and its parts on a batch of conversations: {"total", "kd_audio", "kd_video"}, scalars."""
-    l_ce = losses.cross_entropy(out.logits[TEXT][mask], labels[mask])
+def fusion_losses(
+    out: FusionOutput,
+    labels: Tensor,
+    mask: Tensor,
+    present: dict[str, Tensor],
+    config: Config,
+    weight: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Eq. 25 and its parts on a batch of conversations: {"total", "kd_audio", "kd_video"}, scalars.
+
+    weight: [C], of the classes in every cross entropy.
+    """
+    l_ce = losses.cross_entropy(out.logits[TEXT][mask], labels[mask], weight)
     kd = {}
     for m in ("audio", "video"):
         kd[f"kd_{m}"] = l_ce.new_zeros(())
@@ -86,7 +102,7 @@ def fusion_losses(out: FusionOutput, labels: Tensor, mask: Tensor, present: dict
         if config.preset.feature_loss:
             loss = loss + losses.feature_loss(out.hidden[m][at], teacher_hidden)  # Eq. 24
         if config.preset.branch_cross_entropy:
-            loss = loss + losses.cross_entropy(out.logits[m][at], labels[at])
+            loss = loss + losses.cross_entropy(out.logits[m][at], labels[at], weight)
         kd[f"kd_{m}"] = loss
     return {"total": losses.stage2_loss(l_ce, **kd, alpha=config.alpha, beta=config.beta), **kd}
 
@@ -106,8 +122,16 @@ def train_fusion(
     checkpoint.seed_everything(seed, name)
     widths = {m: x.shape[1] for m, x in data.vectors.items()}
     fusion_config = FusionConfig(
-        widths, num_classes, data.num_speakers, config.width, config.heads, config.dropout, **config.preset.fusion
+        widths,
+        num_classes,
+        data.num_speakers,
+        config.width,
+        config.heads,
+        config.dropout,
+        causal=config.causal,
+        **config.preset.fusion,
     )
+    weight = data.class_weights if config.class_weights else None
     model = FUSIONS[name](fusion_config).to(device)
     train = data.of_split[0]
     lengths = data.lengths[train].tolist()
@@ -129,7 +153,7 @@ def train_fusion(
             features, speakers, mask, present, labels = data.batch(batch)
             with autocast:
                 output = model(features, speakers, mask, present)
-            term = fusion_losses(output, labels, mask, present, config)
+            term = fusion_losses(output, labels, mask, present, config, weight)
             optimizer_step(term["total"], model, optimizer, schedule, scaler, config.clip)
             terms.append({k: x.detach() for k, x in term.items()})
         check_finite([t["total"] for t in terms], [[data.names[i] for i in batch] for batch in batches])
@@ -150,7 +174,11 @@ def train_fusion(
             checkpoint.save(resume, parts, epoch + 1, best)
             saved = time.monotonic()
     model.load_state_dict(best.pop("model"))
-    metadata = {"config": json.dumps(dataclasses.asdict(fusion_config)), "fusion": name}
+    metadata = {
+        "config": json.dumps(dataclasses.asdict(fusion_config)),
+        "fusion": name,
+        "kinds": json.dumps(data.kinds),
+    }
     checkpoint.replace(place.with_suffix(".safetensors"), lambda part: save_model(model, part, metadata))
     result = {"seed": seed, "test_selected": max(best.pop("test"), key=lambda s: s["weighted_f1"]), **best}
     checkpoint.replace(path, lambda part: part.write_text(json.dumps(result)))
@@ -174,7 +202,8 @@ def evaluate(
         features, speakers, mask, present, labels = data.batch(conversations[start : start + config.stage2_batch])
         with autocast:
             output = model(features, speakers, mask, present)
-        terms.append(fusion_losses(output, labels, mask, present, config))
+        weight = data.class_weights if config.class_weights else None
+        terms.append(fusion_losses(output, labels, mask, present, config, weight))
         all_labels.append(labels[mask])
         predictions.append(output.logits[TEXT].argmax(dim=-1)[mask])  # Eq. 23
     return {
@@ -185,15 +214,21 @@ def evaluate(
 
 
 def run_stage2(
-    config: Config, features: Features, sets: list[tuple[str, ...]], seeds: range, out: Path, device: torch.device
+    config: Config,
+    features: Features,
+    sets: list[tuple[str, ...]],
+    seeds: range,
+    out: Path,
+    device: torch.device,
+    fusions: tuple[str, ...] = PAPERS,
 ) -> dict[str, list[dict]]:
-    """Concat and MAGT over each feature set, with each seed; the last row's best model is left in fusion.safetensors.
+    """Each fusion over each feature set, with each seed; the main row's best model is left in fusion.safetensors.
 
     sets: tuples of kinds of vectors, text first. Returns rows of Table 3: name -> a result of train_fusion per seed.
     """
     rows: dict[str, list[dict]] = {}
     (out / "fusion").mkdir(exist_ok=True)
-    for fusion in FUSIONS:
+    for fusion in fusions:
         for kinds in sets:
             data = Conversations(features, kinds, device)
             row = f"{fusion} {'+'.join(ROWS[k] for k in kinds)}"
@@ -204,7 +239,25 @@ def run_stage2(
             ]
             mean, std = mean_std([scores(r["labels"], r["predictions"])["weighted_f1"] for r in rows[row]])
             print(f"{row}: test W-F1 {mean:.2f} ± {std:.2f}, {len(places)} seeds", flush=True)
+    row = main_row(list(rows))
     best = max(rows[row], key=lambda r: r["dev_f1"])
-    weights = places[best["seed"]].with_suffix(".safetensors")
+    weights = out / "fusion" / f"{row.replace(' ', '-')}-seed{best['seed']}.safetensors"
     checkpoint.replace(out / "fusion.safetensors", lambda part: shutil.copyfile(weights, part))
     return rows
+
+
+def load_fusion(path: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """A trained fusion model, in eval mode on the CPU, and the kinds of vectors that it fuses.
+
+    Errors: InputError for a file that `train_fusion` did not leave.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+        model = FUSIONS[metadata["fusion"]](FusionConfig(**json.loads(metadata["config"])))
+        load_model(model, path)
+        return model.eval(), tuple(json.loads(metadata["kinds"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise InputError(
+            f"{path}: not a fusion model that this version trained ({type(e).__name__}); train it again"
+        ) from e

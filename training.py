@@ -46,6 +46,8 @@ class Config:
     dropout: float = 0.5
     clip: float = 1.0  # largest norm of the gradient
     gradient_checkpointing: bool = False  # stage 1: less memory, a third more time
+    class_weights: bool = False  # both stages: the cross entropy counts rare classes for more
+    causal: bool = False  # stage 2: an utterance reads the past alone
     preset: Preset = Preset()
 
 
@@ -88,6 +90,14 @@ def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
     """The share of padding in batches that are padded to their longest row."""
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     return 1 - sum(lengths) / padded
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Inverse frequency: N / (C n_c) for a class with n_c of the N labels, 1 each if all are as frequent. float32 [C].
+
+    labels: [N] int64, of train. A class that train lacks counts as one that has a single label.
+    """
+    return len(labels) / (num_classes * torch.bincount(labels, minlength=num_classes).clamp(min=1))
 
 
 def mixed_precision(device: torch.device) -> tuple[contextlib.AbstractContextManager, torch.amp.GradScaler]:

@@ -46,13 +46,13 @@ def test_a_whole_run_leaves_its_files(meld_run):
         assert (out / name).stat().st_size > 0, name
     for name in stage2.ROWS:
         assert (out / f"{name}.safetensors").exists() and (out / f"{name}.vectors.safetensors").exists()
-    assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png"}
+    assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png", "gates.png", "tsne.png"}
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.resume.pt"))
 
     metrics = json.loads((out / "metrics.json").read_text())
     encoders = list(stage2.ROWS.values())
     sets = ["T+A+V", "T+A+V_KD", "T+A_KD+V", "T+A_KD+V_KD"]
-    assert list(metrics["rows"]) == [*encoders, *(f"{f} {s}" for f in ("Concat", "MAGT") for s in sets)]
+    assert list(metrics["rows"]) == [*encoders, *(f"{f} {s}" for f in stage2.FUSIONS for s in sets)]
     for name, row in metrics["rows"].items():
         assert len(row["seeds"]) == (1 if name in encoders else 2)
         assert 0 <= row["weighted_f1"]["mean"] <= 100
@@ -239,7 +239,7 @@ def test_ctrl_c_loses_nothing(iemocap, tmp_path):
 
 
 def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stage1, "stage1_loss", lambda logits, *_: logits.sum() * torch.nan)
+    monkeypatch.setattr(stage1, "stage1_loss", lambda logits, *_, **__: logits.sum() * torch.nan)
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
     assert magtkd.main(options) == 2
     error = capsys.readouterr().err
@@ -247,7 +247,9 @@ def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
     assert "no longer a number, first in step 0" in error and sum(i in error for i in train) >= 8
 
 
-@pytest.mark.parametrize("options", [["demo", "--root", "x"], ["demo", "--seeds", "0"], ["nothing"], []])
+@pytest.mark.parametrize(
+    "options", [["demo", "--root", "x"], ["demo", "--seeds", "0"], ["demo", "--sweep", "-1"], ["nothing"], []]
+)
 def test_options_that_do_not_fit(options):
     with pytest.raises(SystemExit) as e:
         magtkd.main(options)

@@ -6,7 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusion import MAGT, RELEASED, TEXT, Anchor, Block, Concat, Dropout, FusionConfig, sinusoidal_positions
+from fusion import (
+    MAGT,
+    RELEASED,
+    TEXT,
+    Anchor,
+    Block,
+    Concat,
+    Context,
+    Dropout,
+    FusionConfig,
+    Past,
+    sinusoidal_positions,
+)
 
 WIDTHS = {"text": 32, "audio": 20, "video": 32}
 SETS = [("text",), ("text", "audio"), ("video", "text"), ("text", "audio", "video")]
@@ -35,9 +47,9 @@ def rows(inputs, i, length):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED])
+@pytest.mark.parametrize("changes", [{}, RELEASED, {"causal": True}])
 @pytest.mark.parametrize("modalities", SETS)
-@pytest.mark.parametrize("model", [MAGT, Concat])
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
 def test_padding_and_batching_change_nothing(model, modalities, changes):
     lengths = [7, 1, 4, 12]
     net, inputs = make(model, modalities, **changes), batch(lengths, modalities)
@@ -78,7 +90,7 @@ def test_order_speakers_and_the_rest_of_the_conversation_matter():
 
 @pytest.mark.parametrize("changes", [{}, RELEASED])
 @pytest.mark.parametrize("modalities", SETS)
-@pytest.mark.parametrize("model", [MAGT, Concat])
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
 def test_every_parameter_gets_a_gradient(model, modalities, changes):
     net = make(model, modalities, **changes).train()
     out = net(*batch([9, 5], modalities))
@@ -99,7 +111,7 @@ def test_missing_sound_is_read_by_nobody():
     assert not torch.equal(after.logits[TEXT], net(features, speakers, mask).logits[TEXT])
 
 
-@pytest.mark.parametrize("model", [MAGT, Concat])
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
 def test_a_conversation_without_any_sound(model):
     net, (features, speakers, mask) = make(model).train(), batch([6, 3])
     present = {"audio": mask & torch.tensor([[False], [True]])}
@@ -143,6 +155,67 @@ def test_an_unknown_speaker_adds_nothing():
     assert not net.speaker(torch.tensor(0)).any()
     net.train()(*(lambda f, s, m: (f, torch.full_like(s, -1), m))(*batch([4]))).logits[TEXT].sum().backward()
     assert not net.speaker.weight.grad.any()
+
+
+def missing_places(mask, seed=2):
+    """Where sound and picture lack: here and there; sound in all of conversation 0, pictures at every beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    present = {m: mask & (torch.rand(mask.shape, generator=generator) > 0.3) for m in ("audio", "video")}
+    present["audio"][0] = False
+    present["video"][:, 0] = False
+    return present
+
+
+@pytest.mark.parametrize("model", [MAGT, Context])
+def test_a_causal_model_sees_no_future(model):
+    net, (features, speakers, mask) = make(model, causal=True), batch([9, 9])
+    present = missing_places(mask)
+    before = net(features, speakers, mask, present)
+    for m in features:
+        features[m][:, 5:] *= -1
+    after = net(features, (speakers + (torch.arange(9) >= 5)) % 3, mask, present)
+    for m in before.logits:
+        assert torch.equal(before.logits[m][:, :5], after.logits[m][:, :5])
+        assert (before.logits[m][:, 5:] - after.logits[m][:, 5:]).abs().amax(dim=-1).min() > 1e-3
+    features["text"][:, 0] *= -1  # the past, on the other hand, counts
+    assert not torch.equal(after.logits[TEXT][:, 4], net(features, speakers, mask, present).logits[TEXT][:, 4])
+
+
+@pytest.mark.parametrize("changes", [{}, RELEASED])
+@pytest.mark.parametrize("modalities", SETS)
+def test_one_utterance_at_a_time_equals_the_whole(modalities, changes):
+    """The cache, over 40 utterances, with sound and picture missing and speakers unknown."""
+    net, (features, speakers, mask) = make(MAGT, modalities, causal=True, **changes), batch([40, 40, 40], modalities)
+    speakers[1] = speakers[:, 7] = -1
+    present = {m: x for m, x in missing_places(mask).items() if m in modalities}
+    whole, past = net(features, speakers, mask, present), Past()
+    for u in range(40):
+        at = {m: x[:, u] for m, x in present.items()}
+        out = net.step(past, {m: x[:, u] for m, x in features.items()}, speakers[:, u], at)
+        for m in whole.logits:
+            torch.testing.assert_close(out.logits[m], whole.logits[m][:, u], atol=1e-5, rtol=0)
+            torch.testing.assert_close(out.hidden[m], whole.hidden[m][:, u], atol=1e-5, rtol=0)
+    assert past.length == 40
+
+
+def test_only_a_causal_model_steps():
+    features, speakers, _ = batch([1])
+    with pytest.raises(ValueError, match="causal=True"):
+        make().step(Past(), {m: x[:, 0] for m, x in features.items()}, speakers[:, 0])
+
+
+def test_context_equals_the_formula():
+    net, (features, speakers, mask) = make(Context), batch([6])
+    present = {"audio": mask.clone()}
+    present["audio"][0, 2] = False
+    normed = {m: net.input[m](x) for m, x in features.items()}
+    normed["audio"][0, 2] = 0
+    h = net.merge(torch.cat([normed[m] for m in WIDTHS], dim=-1)) + sinusoidal_positions(6, 32)
+    h = h + net.speaker.weight[speakers + 1]
+    out = net(features, speakers, mask, present)
+    torch.testing.assert_close(out.logits[TEXT], net.classifier(net.block(h, h, mask)))
+    flipped = net({m: x.flip(1) for m, x in features.items()}, speakers.flip(1), mask).logits[TEXT].flip(1)
+    assert (net(features, speakers, mask).logits[TEXT] - flipped).abs().max() > 1e-3
 
 
 def test_block_equals_the_formula():
@@ -217,7 +290,7 @@ def test_the_papers_size():
     assert sum(p.numel() for p in net.parameters()) == total
 
 
-@pytest.mark.parametrize("model", [MAGT, Concat])
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
 def test_half_precision_under_autocast(model):
     net, inputs = make(model), batch([9, 5])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -236,7 +309,7 @@ def test_half_precision_under_autocast(model):
         (lambda f, s, m: (f, s, m, {"audio": m[:, :2]}), r"present\['audio'\] must be"),
     ],
 )
-@pytest.mark.parametrize("model", [MAGT, Concat])
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
 def test_inputs_that_do_not_fit(model, change, words):
     with pytest.raises(ValueError, match=words):
         make(model)(*change(*batch([4])))

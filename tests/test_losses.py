@@ -205,3 +205,12 @@ def test_the_file_needs_torch_alone(module, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_weighted_cross_entropy_by_hand():
+    """The mean of -log p, each sample counting as its class does."""
+    logits, labels = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]]), torch.tensor([0, 1])
+    expected = (3 * math.log(2) + 1 * math.log(4)) / 4
+    weight = torch.tensor([3.0, 1.0])
+    assert losses.cross_entropy(logits, labels, weight).item() == pytest.approx(expected)
+    assert losses.stage1_loss(logits, labels, weight=weight).item() == pytest.approx(expected)

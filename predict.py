@@ -1,0 +1,324 @@
+"""Emotions of a conversation of one's own, by the models of a finished run.
+
+    bash run.sh predict --run runs/demo --input conversation.csv     # a table, and conversation.emotions.csv
+    bash run.sh predict --run runs/live --stream                     # JSON lines in, an answer to each as it comes
+
+An utterance has a speaker and text, and may have audio and video: files that PyAV reads, with their paths relative to
+the csv (--stream: to where one stands). Without audio the sound of the video is taken. start and end, in seconds, say
+where the utterance lies in these files; without them it is all of the file. What is missing or broken is marked, and
+counts as zero that no other utterance reads, as in training.
+
+Not here: training (magtkd.py), the encoders (encoders.py), the fusion (fusion.py).
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from data import Conversation, InputError, Utterance
+from encoders import ENCODERS, video_size
+from features import read_features
+from fusion import MAGT, TEXT, Past
+from media import MediaError, load_audio, load_frames
+from stage1 import Examples, encode
+from stage2 import load_fusion
+
+FIELDS = ("speaker", "text", "audio", "video", "start", "end")  # the first two must be there
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run has learned."""
+
+    encoders: dict[str, nn.Module]  # modality ->
+    fusion: nn.Module
+    label_names: list[str]
+    speakers: dict[str, int]  # those of train; others get -1
+    video_size: int  # pixels
+
+
+@dataclass(frozen=True)
+class Answer:
+    utterance: Utterance
+    probabilities: list[float]  # one per label
+    missing: list[str]  # "audio (why)", ...
+
+
+def load_run(folder: Path, device: torch.device) -> Model:
+    """The encoders and the fusion model that a finished run left. Errors: InputError, if it is not finished."""
+    folder = Path(folder)
+    need_files(folder, ["config.json", "fusion.safetensors"])
+    config = json.loads((folder / "config.json").read_text())
+    if "features" in config:
+        raise InputError(
+            f"{folder} was trained on a feature file, so it has no encoders; give a run on a corpus, say runs/demo"
+        )
+    fusion, kinds = load_fusion(folder / "fusion.safetensors")
+    need_files(folder, ["features.safetensors", *(f"{kind}.safetensors" for kind in kinds)])
+    features = read_features(folder / "features.safetensors")
+    tiny = folder / "tiny"
+    models = {m: str(tiny / m) if tiny.exists() else config[f"{m}_model"] for m in ENCODERS}
+    encoders = {}
+    for kind in kinds:
+        modality = kind.removesuffix("_kd")
+        encoder = ENCODERS[modality](models[modality], len(features.label_names), config["width"])
+        try:
+            load_model(encoder, folder / f"{kind}.safetensors")
+        except (SafetensorError, RuntimeError) as e:
+            raise InputError(
+                f"{folder / f'{kind}.safetensors'}: not the weights of this run's encoder ({type(e).__name__})"
+            ) from e
+        encoders[modality] = encoder.to(device)
+    seen = features.speaker[features.split == 0].unique().tolist()
+    speakers = {features.speaker_names[i]: i for i in seen}
+    size = video_size(models["video"]) if "video" in encoders else 0
+    return Model(encoders, fusion.to(device), features.label_names, speakers, size)
+
+
+def need_files(folder: Path, names: list[str]) -> None:
+    if lacking := [name for name in names if not (folder / name).exists()]:
+        raise InputError(
+            f"{folder} is no finished run: {', '.join(lacking)} missing. The command that began it goes on with it "
+            "(bash run.sh demo, say, for runs/demo)"
+        )
+
+
+def read_conversation(path: Path) -> Conversation:
+    """Reads a csv with the columns FIELDS. Errors: InputError with the line at fault."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from e
+    reader = csv.DictReader(lines)
+    columns = [c or "" for c in reader.fieldnames or ()]
+    if lacking := [c for c in FIELDS[:2] if c not in columns]:
+        found = f"it has {', '.join(columns)}" if columns else "the file is empty"
+        raise InputError(
+            f"{path}: column {' and '.join(lacking)} missing ({found}); wanted: {','.join(FIELDS)}, of which "
+            "speaker and text must be there"
+        )
+    if ignored := [c for c in columns if c not in FIELDS]:
+        print(f"predict: {path}: columns that are not used: {', '.join(ignored)}", file=sys.stderr)
+    utterances = []
+    for row in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in row or None in row.values():
+            raise InputError(
+                f"{where}: {'more' if None in row else 'fewer'} fields than columns; quote text with commas"
+            )
+        utterances.append(make_utterance(row, where, str(len(utterances)), Path(path).parent))
+    if not utterances:
+        raise InputError(f"{path}: no utterance in it, only the names of the columns")
+    return Conversation(str(path), tuple(utterances))
+
+
+def make_utterance(row: dict, where: str, name: str, folder: Path) -> Utterance:
+    """An utterance from a csv row or a JSON line. Errors: InputError that begins with `where`."""
+    row = {k: v for k, v in row.items() if v not in (None, "")}
+    for field in ("speaker", "text", "audio", "video"):
+        if not isinstance(row.get(field, ""), str):
+            raise InputError(f"{where}: {field} must be text, got {row[field]!r}")
+    if not row.get("speaker", "").strip():
+        raise InputError(f"{where}: no speaker")
+    times = {}
+    for field in ("start", "end"):
+        try:
+            times[field] = float(row[field]) if field in row else None
+        except (TypeError, ValueError) as e:
+            raise InputError(f"{where}: {field} must be a number of seconds, got {row[field]!r}") from e
+        if times[field] is not None and not (math.isfinite(times[field]) and times[field] >= 0):
+            raise InputError(f"{where}: {field} must be a number of seconds, got {row[field]!r}")
+    if times["end"] is not None and times["end"] <= (times["start"] or 0.0):
+        raise InputError(f"{where}: ends at {times['end']} s, before it starts")
+    video = folder / row["video"] if "video" in row else None
+    audio = folder / row["audio"] if "audio" in row else video
+    return Utterance(name, row["speaker"].strip(), row.get("text", "").strip(), -1, audio, video, **times)
+
+
+def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
+    """[U] int64. By name; in order of appearance where the run's speakers are "first" and "second", as IEMOCAP's."""
+    names = [u.speaker for u in conversation.utterances]
+    if model.speakers.keys() <= {"first", "second"}:
+        order = dict(zip(dict.fromkeys(names), ("first", "second")))
+        names = [order.get(name, "") for name in names]
+    return torch.tensor([model.speakers.get(name, -1) for name in names])
+
+
+def decode(utterance: Utterance, modality: str, size: int) -> Tensor | MediaError:
+    """Its sound or its frames, or why there are none."""
+    try:
+        if getattr(utterance, modality) is None:
+            raise MediaError("none given")
+        if modality == "audio":
+            return load_audio(utterance.audio, utterance.start or 0.0, utterance.end)
+        return load_frames(utterance.video, utterance.start, utterance.end, size)
+    except MediaError as e:
+        return e
+    except RuntimeError as e:  # torchaudio's word on no samples at all: the file ends before `start`
+        return MediaError(f"no sound from {utterance.start} s on ({type(e).__name__})")
+
+
+def vectors(
+    model: Model, conversation: Conversation, first: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[str]]]:
+    """What stage 1 says of the utterances from number `first` on.
+
+    Returns features {modality: [U, d]}, zero where missing; present {modality: [U]}; per utterance what is missing.
+    """
+    utterances = conversation.utterances[first:]
+    missing = [[] if u.text else ["text (none given)"] for u in utterances]
+    features, present = {}, {}
+    for m, encoder in model.encoders.items():
+        if m == TEXT:
+            examples = encoder.prompts(conversation)[first:]
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                examples = list(pool.map(lambda u, m=m: decode(u, m, model.video_size), utterances))
+            for x, notes in zip(examples, missing):
+                if isinstance(x, MediaError):
+                    notes.append(f"{m} ({x})")
+        having = {u.id: x for u, x in zip(utterances, examples) if not isinstance(x, MediaError)}
+        length = {i: len(x) for i, x in having.items()}
+        said = encode(
+            encoder, Examples(having.get, lambda i, length=length: length.get(i, 0)), [u.id for u in utterances]
+        )
+        features[m], present[m] = said.features.nan_to_num(), ~said.features.isnan().any(dim=1)
+    return features, present, missing
+
+
+@torch.inference_mode()
+def predict(model: Model, conversation: Conversation) -> list[Answer]:
+    """An answer per utterance of a whole conversation."""
+    device = next(model.fusion.parameters()).device
+    features, present, missing = vectors(model, conversation)
+    features, present = ({m: x[None].to(device) for m, x in part.items()} for part in (features, present))
+    speakers = speaker_indices(model, conversation)[None].to(device)
+    mask = torch.ones_like(speakers, dtype=torch.bool)
+    probabilities = model.fusion(features, speakers, mask, present).logits[TEXT][0].softmax(dim=-1).tolist()
+    return [Answer(*parts) for parts in zip(conversation.utterances, probabilities, missing)]
+
+
+class Stream:
+    """A conversation as it happens: `add` answers each utterance from what was said before it."""
+
+    def __init__(self, model: Model):
+        if not (isinstance(model.fusion, MAGT) and model.fusion.config.causal):
+            raise InputError(
+                "--stream needs a fusion model that does not read the future; train one with --causal, "
+                "say bash run.sh demo --causal --out runs/live"
+            )
+        self.model, self.past, self.said = model, Past(), ()
+
+    @torch.inference_mode()
+    def add(self, utterance: Utterance) -> Answer:
+        self.said = (*self.said, utterance)
+        conversation, last = Conversation("stream", self.said), len(self.said) - 1
+        device = next(self.model.fusion.parameters()).device
+        features, present, missing = vectors(self.model, conversation, last)
+        features, present = ({m: x.to(device) for m, x in part.items()} for part in (features, present))
+        speaker = speaker_indices(self.model, conversation)[-1:].to(device)
+        logits = self.model.fusion.step(self.past, features, speaker, present).logits[TEXT]
+        return Answer(utterance, logits[0].softmax(dim=-1).tolist(), missing[0])
+
+
+def answer_stream(model: Model, lines: Iterator[str]) -> None:
+    """Prints a JSON line for every line. Errors: InputError at the end, if any line was no utterance."""
+    stream, bad = Stream(model), 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise InputError(f"line {number}: wanted an object with {', '.join(FIELDS)}")
+            answer = stream.add(make_utterance(row, f"line {number}", str(number), Path()))
+        except (json.JSONDecodeError, InputError) as e:
+            bad += 1
+            print(json.dumps({"error": str(e) if isinstance(e, InputError) else f"line {number}: no JSON ({e})"}))
+        else:
+            print(json.dumps(as_row(answer, model.label_names), ensure_ascii=False))
+        sys.stdout.flush()
+    if bad:
+        raise InputError(f"{bad} lines were no utterances and were left out; their answers say why")
+
+
+def as_row(answer: Answer, label_names: list[str]) -> dict:
+    p = dict(zip(label_names, answer.probabilities))
+    head = {"speaker": answer.utterance.speaker, "text": answer.utterance.text, "emotion": max(p, key=p.get)}
+    return {**head, "probabilities": {name: round(x, 4) for name, x in p.items()}, "missing": answer.missing}
+
+
+def table(answers: list[Answer], label_names: list[str]) -> str:
+    """Lines for a terminal: probabilities in percent."""
+    rows = [["", "speaker", "text", "emotion", *(f"%{name}" for name in label_names), "missing"]]
+    for i, row in enumerate((as_row(a, label_names) for a in answers), 1):
+        text = row["text"] if len(row["text"]) <= 40 else row["text"][:39] + "…"
+        numbers = [f"{100 * x:.0f}" for x in row["probabilities"].values()]
+        rows.append([str(i), row["speaker"], text, row["emotion"], *numbers, ", ".join(row["missing"])])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    right = range(4, 4 + len(label_names))
+    return "\n".join(
+        "  ".join(x.rjust(w) if c in right else x.ljust(w) for c, (x, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def write_csv(path: Path, answers: list[Answer], label_names: list[str]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["speaker", "text", "emotion", *(f"p_{name}" for name in label_names), "missing"])
+        for row in (as_row(a, label_names) for a in answers):
+            numbers = row["probabilities"].values()
+            writer.writerow([row["speaker"], row["text"], row["emotion"], *numbers, "; ".join(row["missing"])])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns 0, 2 for the user's error (a line on stderr says which), 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="predict", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run, say runs/demo")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", type=Path, help=f"csv with the columns {','.join(FIELDS)}; the last four may be absent"
+    )
+    source.add_argument("--stream", action="store_true", help="JSON lines on standard input, with the same fields")
+    parser.add_argument(
+        "--out", type=Path, help="the csv that is written (default: INPUT.emotions.csv beside the input)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    try:
+        conversation = read_conversation(args.input) if args.input else None
+        model = load_run(args.run, torch.device(args.device))
+        if conversation is None:
+            answer_stream(model, sys.stdin)
+            return 0
+        answers = predict(model, conversation)
+        print(table(answers, model.label_names))
+        out = args.out or args.input.with_suffix(".emotions.csv")
+        try:
+            write_csv(out, answers, model.label_names)
+        except OSError as e:
+            raise InputError(f"{out}: {e.strerror}; give another file with --out") from e
+        print(f"\n{out}")
+        return 0
+    except InputError as e:
+        print(f"predict: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
