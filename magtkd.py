@@ -120,13 +120,13 @@ def stage1(config: Config, corpus: Corpus, args: argparse.Namespace, device: tor
 
 def make_config(args: argparse.Namespace) -> Config:
     """A corpus' configuration with what the command line changes."""
-    changes = TINY if args.encoders == "tiny" else {}
+    changes = dict(TINY) if args.encoders == "tiny" else {}
     changes |= {f"{m}_model": getattr(args, f"{m}_model") for m in ENCODERS if getattr(args, f"{m}_model")}
     changes |= {k: getattr(args, k) for k in ("alpha", "beta", "stage2_epochs") if getattr(args, k) is not None}
     if args.stage1_epochs is not None:
         changes["stage1_epochs"] = dict.fromkeys(ENCODERS, args.stage1_epochs)
     changes["preset"] = PRESETS[args.preset][args.corpus]
-    changes |= {k: getattr(args, k) for k in ("gradient_checkpointing", "class_weights", "causal")}
+    changes |= {k: getattr(args, k) for k in ("gradient_checkpointing", "class_weights", "causal", "log_steps")}
     return dataclasses.replace(CONFIGS[args.corpus], **changes)
 
 
@@ -229,6 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for m, cls in (("text", "RoBERTa"), ("audio", "Data2vec"), ("video", "TimeSformer")):
         parser.add_argument(f"--{m}-model", help=f"hub name or local folder of a {cls} (default: {_default(m)})")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, a third slower")
+    parser.add_argument("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode sound and pictures")
     parser.add_argument("--fresh", action="store_true", help="delete what --out holds and start anew")

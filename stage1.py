@@ -151,6 +151,9 @@ def train_encoder(
         padding = {"padding": padding_share(lengths, batches)}
         padding["padding_at_random"] = padding_share(lengths, make_batches([1] * len(train), config.stage1_batch))
         speed = {"utterances_per_second": len(train) / seconds, "lr": schedule.get_last_lr()[0]}
+        if config.log_steps:
+            for step, x in enumerate(step_losses):
+                checkpoint.log(out, device, model=name, epoch=epoch + 1, step=step, loss=float(x))
         checkpoint.log(out, device, model=name, epoch=epoch + 1, loss=loss, dev_f1=f1, **speed, **padding)
         checkpoint.save(resume, parts, epoch + 1, best)
     encoder.load_state_dict(best["model"])

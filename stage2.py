@@ -169,6 +169,10 @@ def train_fusion(
         speed = {"utterances_per_second": sum(lengths) / seconds, "lr": schedule.get_last_lr()[0]}
         padding = {"padding": padding_share(lengths, indices)}
         padding["padding_at_random"] = padding_share(lengths, make_batches([1] * len(train), config.stage2_batch))
+        if config.log_steps:
+            for step, term in enumerate(terms):
+                losses_now = {k: float(x) for k, x in term.items()}
+                checkpoint.log(place.parent, device, model=place.name, epoch=epoch + 1, step=step, **losses_now)
         checkpoint.log(place.parent, device, model=place.name, epoch=epoch + 1, dev_f1=dev_f1, **speed, **padding)
         if time.monotonic() - saved > SAVE_EVERY:
             checkpoint.save(resume, parts, epoch + 1, best)

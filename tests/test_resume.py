@@ -180,13 +180,17 @@ def test_batches_of_similar_length():
 
 
 def test_the_log_has_a_line_per_epoch(small, tmp_path):
-    assert magtkd.main(["iemocap", "--root", str(small), "--out", str(tmp_path / "run"), *OPTIONS]) == 0
+    options = ["iemocap", "--root", str(small), "--out", str(tmp_path / "run"), *OPTIONS, "--log-steps"]
+    assert magtkd.main(options) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    assert [x["step"] for x in steps if x["model"] == "text" and x["epoch"] == 2] == [0, 1] and steps[0]["loss"] > 0
+    lines = [line for line in lines if "step" not in line]
     assert [(x["model"], x["epoch"]) for x in lines] == [
         (m, e) for m in ("text", "audio_kd", "video") for e in (1, 2, 3)
     ]
     for line in lines:
         assert line["utterances_per_second"] > 0 and line["process_bytes"] > 10**6 and 0 <= line["padding"] < 1
         assert line["lr"] >= 0 and line["padding"] <= line["padding_at_random"] + 0.05
-    fusion = (tmp_path / "run" / "fusion" / "log.jsonl").read_text().splitlines()
+    fusion = [x for x in (tmp_path / "run" / "fusion" / "log.jsonl").read_text().splitlines() if "step" not in x]
     assert len(fusion) == 2 * 8
