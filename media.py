@@ -64,9 +64,10 @@ def load_audio(path: Path, start: float = 0.0, end: float | None = None) -> Tens
         raise MediaError("no sound in it")
     sound = torch.from_numpy(np.concatenate(parts))
     first = max(0, round((start - offset) * frame.sample_rate))
-    sound = A.resample(
-        sound[first : first + round((end - max(start, offset)) * frame.sample_rate)], frame.sample_rate, RATE
-    )
+    sound = sound[first : first + round((end - max(start, offset)) * frame.sample_rate)]
+    if not len(sound):
+        raise MediaError(f"ends before {start:.1f} s, where the utterance begins")
+    sound = A.resample(sound, frame.sample_rate, RATE)
     if len(sound) < MIN_SAMPLES:
         raise MediaError(f"only {len(sound) / RATE * 1000:.0f} ms of sound")
     return sound.clamp(-1, 1)

@@ -5,8 +5,9 @@
 
 An utterance has a speaker and text, and may have audio and video: files that PyAV reads, with their paths relative to
 the csv (--stream: to where one stands). Without audio the sound of the video is taken. start and end, in seconds, say
-where the utterance lies in these files; without them it is all of the file. What is missing or broken is marked, and
-counts as zero that no other utterance reads, as in training.
+where the utterance lies in these files; without them it is all of the file. A sound file of the utterance alone, as
+long as it and ending before `end`, is taken whole, so that it can stand beside a film of the conversation. What is
+missing or broken is marked, and counts as zero that no other utterance reads, as in training.
 
 Not here: training (magtkd.py), the encoders (encoders.py), the fusion (fusion.py).
 """
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
@@ -36,6 +38,7 @@ from stage1 import Examples, encode
 from stage2 import load_fusion
 
 FIELDS = ("speaker", "text", "audio", "video", "start", "end")  # the first two must be there
+ALONE = 0.5  # seconds by which a sound file of one utterance may differ from its length
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,30 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
     return torch.tensor([model.speakers.get(name, -1) for name in names])
 
 
+def sound_window(u: Utterance) -> tuple[float, float | None]:
+    """From where to where, in seconds, its sound file is read: all of it, if the file holds this utterance alone."""
+    start = u.start or 0.0
+    if u.end is not None and u.audio.is_file():
+        try:
+            with av.open(str(u.audio)) as container:
+                length = (container.duration or 0) / av.time_base
+        except (av.FFmpegError, OSError, ValueError):
+            return start, u.end  # load_audio will say what is wrong with it
+        if length < u.end and abs(length - (u.end - start)) <= ALONE:
+            return 0.0, None
+    return start, u.end
+
+
 def decode(utterance: Utterance, modality: str, size: int) -> Tensor | MediaError:
     """Its sound or its frames, or why there are none."""
     try:
         if getattr(utterance, modality) is None:
             raise MediaError("none given")
         if modality == "audio":
-            return load_audio(utterance.audio, utterance.start or 0.0, utterance.end)
+            return load_audio(utterance.audio, *sound_window(utterance))
         return load_frames(utterance.video, utterance.start, utterance.end, size)
     except MediaError as e:
         return e
-    except RuntimeError as e:  # torchaudio's word on no samples at all: the file ends before `start`
-        return MediaError(f"no sound from {utterance.start} s on ({type(e).__name__})")
 
 
 def vectors(
@@ -318,6 +333,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads the answers has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def test_a_part_of_the_sound(tmp_path):
     middle = load_audio(path, start=1.0, end=2.0)
     assert len(middle) == 16_000 and pitch(middle) == pytest.approx(600, abs=2)
     assert torch.equal(middle, load_audio(path)[16_000:32_000])
+    with pytest.raises(MediaError, match="ends before 3.5 s|no sound"):
+        load_audio(path, start=3.5, end=4.0)
 
 
 def test_long_and_short_and_silent_clips(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import magtkd
 import predict
-from data import Conversation, Utterance, read_meld
+from data import Conversation, Utterance, read_iemocap, read_meld
 from features import read_features
 from stage2 import Conversations, load_fusion
 
@@ -87,7 +87,7 @@ def test_the_command_line_marks_what_is_missing(causal_run, meld, tmp_path, caps
     missing = [r["missing"] for r in table]
     assert missing[:2] == ["", ""]
     assert missing[3] == "text (none given); audio (missing); video (broken, 7 bytes (InvalidDataError))"
-    assert missing[4].startswith("audio (no sound ") and "video (ends at" in missing[4]
+    assert missing[4].startswith("audio (ends before ") and "video (ends at" in missing[4]
     for row in table:
         p = {k.removeprefix("p_"): float(v) for k, v in row.items() if k.startswith("p_")}
         assert sum(p.values()) == pytest.approx(1, abs=1e-3) and max(p, key=p.get) == row["emotion"]
@@ -124,6 +124,19 @@ def test_a_stream_answers_at_once(causal_run, monkeypatch, capsys):
 
     monkeypatch.setattr("sys.stdin", lines())
     assert predict.main(["--run", str(causal_run), "--stream"]) == 0
+
+
+def test_a_sound_file_of_the_utterance_alone_beside_a_film(iemocap, tmp_path):
+    """IEMOCAP's own layout: a WAV per utterance, a film per conversation."""
+    corpus = read_iemocap(iemocap)
+    u = next(u for u in corpus.utterances("test") if u.audio and u.video and u.start > 3)
+    whole = predict.decode(u, "audio", 48)
+    assert len(whole) / 16_000 == pytest.approx(u.end - u.start, abs=predict.ALONE)
+    film = Utterance("x", "first", "", -1, u.video, u.video, u.start, u.end)
+    assert predict.sound_window(film) == (u.start, u.end)
+    assert predict.decode(u, "video", 48).shape == (8, 3, 48, 48)
+    late = Utterance("x", "first", "", -1, u.audio, u.video, u.start + 100, u.end + 110)
+    assert isinstance(predict.decode(late, "audio", 48), predict.MediaError)
 
 
 def test_speakers(model):
