@@ -228,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoders", choices=["full", "tiny"], help="tiny: small, random weights (default for demo)")
     for m, cls in (("text", "RoBERTa"), ("audio", "Data2vec"), ("video", "TimeSformer")):
         parser.add_argument(f"--{m}-model", help=f"hub name or local folder of a {cls} (default: {_default(m)})")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, a third slower")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, more slowly")
     parser.add_argument("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode sound and pictures")

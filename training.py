@@ -45,7 +45,7 @@ class Config:
     heads: int = 8
     dropout: float = 0.5
     clip: float = 1.0  # largest norm of the gradient
-    gradient_checkpointing: bool = False  # stage 1: less memory, a third more time
+    gradient_checkpointing: bool = False  # stage 1: less memory, more time
     log_steps: bool = False  # a line per step in log.jsonl, not only per epoch
     class_weights: bool = False  # both stages: the cross entropy counts rare classes for more
     causal: bool = False  # stage 2: an utterance reads the past alone

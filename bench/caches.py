@@ -96,7 +96,7 @@ def figure(result: dict, path: Path) -> None:
         ax.barh(place, median(seconds), color="white", edgecolor="black", hatch="//" if way == "both" else "")
         ax.plot(seconds, [place] * len(seconds), "k.")
     ax.set_yticks(range(len(WAYS)), WAYS)
-    ax.set_xlabel(f"seconds per epoch of {result['utterances']} utterances (made-up corpus, small encoders)")
+    ax.set_xlabel(f"seconds per epoch of {result['utterances']} utterances\n(made-up corpus, small encoders)")
     fig.tight_layout()
     fig.savefig(path, dpi=130)
 
