@@ -100,6 +100,8 @@ def open_run(out: Path, config: dict, fresh: bool):
         ) from e
     path = out / "config.json"
     if fresh:
+        if not path.exists() and any(entry.name != ".lock" for entry in out.iterdir()):
+            raise InputError(f"{out}: not the folder of a run (no config.json in it), so --fresh will not empty it")
         for entry in out.iterdir():
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

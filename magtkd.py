@@ -187,7 +187,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Emotion recognition in conversation: both stages of MAGTKD, from raw files to a results table.",
         epilog="A run leaves its files in --out; the same command goes on where it was interrupted, and is done in "
         "seconds if nothing is left to do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("corpus", choices=list(CONFIGS), help="demo: a small made-up corpus, written on the spot")
     parser.add_argument("--root", type=Path, help=f"the corpus' folder (default: {' or '.join(ROOTS.values())})")
@@ -197,8 +196,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="stage 2 alone, on this feature file (format: README), or on a folder with the authors' three pickles",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated, for mean and deviation")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument(
         "--ablation", action="store_true", help="all thirteen rows of Table 3 (five encoders, four sets), and Context"
     )
@@ -213,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth"
     )
     parser.add_argument(
-        "--preset", choices=list(PRESETS), default="paper", help="released: the authors' code's stage 2"
+        "--preset", choices=list(PRESETS), default="paper", help="released: stage 2 as the authors' code does it"
     )
     parser.add_argument("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
     parser.add_argument("--beta", type=float, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
@@ -230,10 +229,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{m}-model", help=f"hub name or local folder of a {cls} (default: {_default(m)})")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, more slowly")
     parser.add_argument("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: cuda if there)",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode sound and pictures")
     parser.add_argument("--fresh", action="store_true", help="delete what --out holds and start anew")
     args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no CUDA here; use --device cpu")
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be 1 or more")
     if any(not 0 <= x < float("inf") for x in args.sweep or ()):

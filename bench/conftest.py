@@ -4,6 +4,7 @@ Results are written only by a timed run in which every bench of bench/ ran and p
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from bench.tables import markdown, results_path, verdict_text
 
 ROWS, RATE = pytest.StashKey[list[dict]](), pytest.StashKey[float]()
 PARTIAL, WRITTEN = pytest.StashKey[bool](), pytest.StashKey[Path]()
+BUSY = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    config.stash[BUSY] = os.getloadavg()[0]  # what else ran on the machine before the run
 
 
 @pytest.fixture
@@ -103,7 +106,8 @@ def pytest_sessionfinish(session, exitstatus):
     if not _is_whole(session, exitstatus):
         return
     config = session.config
-    facts = {**environment(DEVICE), "gemm_flops_per_s": config.stash[RATE]}
+    busy = {"load average before": round(config.stash[BUSY], 1)}
+    facts = {**environment(DEVICE), **busy, "gemm_flops_per_s": config.stash[RATE]}
     path = results_path(facts)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")

@@ -199,6 +199,15 @@ def test_a_model_that_is_not_there(iemocap, tmp_path):
     assert "no-such/model" in error and "--video-model DIR" in error
 
 
+def test_fresh_empties_runs_alone(feature_file, tmp_path, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    options = ["iemocap", "--features", str(feature_file), "--out", str(tmp_path / "home"), "--fresh", *SHORT]
+    assert magtkd.main(options) == 2
+    assert "not the folder of a run" in capsys.readouterr().err
+    assert (tmp_path / "home" / "thesis.txt").exists()
+
+
 def test_a_checkpoint_of_another_program(iemocap, tmp_path, capsys):
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
     (tmp_path / "run").mkdir()
@@ -248,9 +257,18 @@ def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["demo", "--root", "x"], ["demo", "--seeds", "0"], ["demo", "--sweep", "-1"], ["nothing"], []]
+    "options",
+    [
+        ["demo", "--root", "x"],
+        ["demo", "--seeds", "0"],
+        ["demo", "--sweep", "-1"],
+        ["demo", "--device", "cuda"],
+        ["nothing"],
+        [],
+    ],
 )
-def test_options_that_do_not_fit(options):
+def test_options_that_do_not_fit(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as e:
         magtkd.main(options)
     assert e.value.code == 2
