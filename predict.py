@@ -162,7 +162,7 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
 def sound_window(u: Utterance) -> tuple[float, float | None]:
     """From where to where, in seconds, its sound file is read: all of it, if the file holds this utterance alone."""
     start = u.start or 0.0
-    if u.end is not None and u.audio.is_file():
+    if u.end is not None and u.video not in (None, u.audio) and u.audio.is_file():
         try:
             with av.open(str(u.audio)) as container:
                 length = (container.duration or 0) / av.time_base

@@ -33,9 +33,6 @@ if ! has_all python3; then
   fi
 fi
 
-# A thread that waits for another sleeps: where anything else runs, spinning makes a step many times slower.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-
 case "${1-}" in
   "") sed -n '2,8s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
   test) shift; cd "$here"; exec "$python" -m pytest -q tests bench --benchmark-disable "$@" ;;

@@ -57,7 +57,7 @@ TINY = {
     "width": 64,
     "stage1_lr": 1.5e-3,
     "stage1_batch": 16,
-    "stage1_epochs": {"text": 4, "audio": 11, "video": 14},
+    "stage1_epochs": {"text": 4, "audio": 8, "video": 12},
     "stage2_lr": 1e-3,
 }
 CONFIGS = {
