@@ -1,6 +1,6 @@
 """What decoding once and teaching once save: seconds of an epoch of a distilled audio encoder, four ways.
 
-    python -m bench.caches          # bench/results/caches.json and caches.png; 3 minutes on two cores
+    python -m bench.caches          # figures/caches.json and caches.png; 3 minutes on two cores
 
 With both caches (what stage1.py does), with one of them, and with neither (every file decoded again in every epoch,
 the frozen teacher run again for every batch), in turn, three times over, in one process. The corpus is made up by
@@ -29,7 +29,7 @@ from training import CONFIGS, make_batches, make_optimizer, mixed_precision, opt
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent.parent / "figures"
 WAYS = {
     "neither": (False, False),
     "decoded once": (True, False),
@@ -103,7 +103,7 @@ def figure(result: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     result = measure()
-    (RESULTS / "caches.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure(result, RESULTS / "caches.png")
+    (FIGURES / "caches.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure(result, FIGURES / "caches.png")
     for way, seconds in result["seconds"].items():
         print(f"{way}: {median(seconds):.2f} s per epoch of {result['utterances']} utterances")

@@ -59,28 +59,28 @@ def edit(root, conversation, what, change):
 
 def test_iemocap_unknown_emotion(iemocap, copy_of):
     root = copy_of(iemocap)
-    turn = turns_on_disk(root, "Ses01F_impro02")[0]
-    edit(root, "Ses01F_impro02", "EmoEvaluation", lambda t: t.replace(f"{turn[1]}\t{turn[2]}", f"{turn[1]}\tjoy"))
-    with pytest.raises(InputError, match=r"Ses01F_impro02.txt:\d+: unknown emotion 'joy'; IEMOCAP has ang, "):
+    turn = turns_on_disk(root, "Ses01M_impro01")[0]
+    edit(root, "Ses01M_impro01", "EmoEvaluation", lambda t: t.replace(f"{turn[1]}\t{turn[2]}", f"{turn[1]}\tjoy"))
+    with pytest.raises(InputError, match=r"Ses01M_impro01.txt:\d+: unknown emotion 'joy'; IEMOCAP has ang, "):
         read_iemocap(root)
 
 
 def test_iemocap_torn_line(iemocap, copy_of):
     root = copy_of(iemocap)
-    edit(root, "Ses01F_impro02", "EmoEvaluation", lambda t: t[: t.rindex("[") - 8])
-    with pytest.raises(InputError, match=r"Ses01F_impro02.txt:\d+: torn line '\["):
+    edit(root, "Ses01M_impro01", "EmoEvaluation", lambda t: t[: t.rindex("[") - 8])
+    with pytest.raises(InputError, match=r"Ses01M_impro01.txt:\d+: torn line '\["):
         read_iemocap(root)
 
 
 def test_iemocap_words_without_label_and_label_without_words(iemocap, copy_of):
     root = copy_of(iemocap)
-    (_, first, _), (_, second, _) = turns_on_disk(root, "Ses01F_impro02")[:2]
+    (_, first, _), (_, second, _) = turns_on_disk(root, "Ses01M_impro01")[:2]
 
     def without(turn):
         return lambda text: "\n".join(line for line in text.splitlines() if turn not in line)
 
-    edit(root, "Ses01F_impro02", "EmoEvaluation", without(first))
-    edit(root, "Ses01F_impro02", "transcriptions", without(second))
+    edit(root, "Ses01M_impro01", "EmoEvaluation", without(first))
+    edit(root, "Ses01M_impro01", "transcriptions", without(second))
     notes = read_iemocap(root).notes
     assert "1 transcribed turns without a label, dropped" in notes
     assert "1 labelled turns without words in the transcript, dropped" in notes
@@ -89,8 +89,8 @@ def test_iemocap_words_without_label_and_label_without_words(iemocap, copy_of):
 @pytest.mark.parametrize("what", ["EmoEvaluation", "transcriptions"])
 def test_iemocap_file_missing(iemocap, copy_of, what):
     root = copy_of(iemocap)
-    next(root.glob(f"Session2/dialog/{what}/Ses02*_impro02.txt")).unlink()
-    with pytest.raises(InputError, match="1 conversations have a file in only one of .*Ses02._impro02.txt"):
+    next(root.glob(f"Session2/dialog/{what}/Ses02M_impro01.txt")).unlink()
+    with pytest.raises(InputError, match="1 conversations have a file in only one of .*Ses02M_impro01.txt"):
         read_iemocap(root)
 
 
