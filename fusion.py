@@ -63,7 +63,7 @@ class FusionOutput(NamedTuple):
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, with one random byte per element on a CPU: there torch's own masks took a fifth of a training step.
+    """nn.Dropout, with one random byte per element on a CPU: there torch's own masks took a tenth of a training step.
 
     p is rounded to a multiple of 1/256.
     """
