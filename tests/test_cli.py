@@ -236,7 +236,13 @@ def test_ctrl_c_loses_nothing(iemocap, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(PROJECT / "magtkd.py"), "iemocap", "--root", str(iemocap), "--out", str(out)]
     command += [*SHORT, "--stage1-epochs", "1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 60
     while not (out / "text.resume.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
