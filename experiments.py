@@ -134,13 +134,12 @@ def mean_gates(model: MAGT, kinds: tuple[str, ...], features: Features) -> np.nd
     ]
     total, count = torch.zeros(len(said), len(kinds)), 0
     for conversation in data.of_split[2]:
-        x, speakers, mask, present, _ = data.batch([conversation])
-        model(x, speakers, mask, present)
+        model(*data.batch([conversation]).inputs)
         for i, outs in enumerate(said.values()):
-            gate = torch.stack(outs)  # [sources, 1, U, D]
-            total[i] += torch.sigmoid(gate.relu() if model.config.relu_gate else gate).mean(-1).sum((1, 2))
+            gate = torch.stack(outs)  # [sources, U, D]
+            total[i] += torch.sigmoid(gate.relu() if model.config.relu_gate else gate).mean(-1).sum(1)
             outs.clear()
-        count += mask.shape[1]
+        count += int(data.lengths[conversation])
     for handle in handles:
         handle.remove()
     return (total / count).numpy()

@@ -10,8 +10,9 @@ anchors first; text, the strongest, comes last, and listens to itself and to the
 
 A causal MAGT reads the past and the present alone, and takes a conversation as it happens: `MAGT.step`.
 
-Shapes: B conversations, U utterances in the longest of them, D width, C classes. Not here: losses, training, and the
-encoders that make the vectors.
+Shapes: B conversations, U utterances in the longest of them, N in all of them, D width, C classes. Inside, all layers
+but attention work on [N, D]: no time goes into padding. Not here: losses, training, and the encoders that make the
+vectors.
 """
 
 from dataclasses import dataclass
@@ -80,6 +81,29 @@ class Dropout(nn.Module):
         return x * keep / (1 - round(256 * self.p) / 256)
 
 
+class Packing:
+    """The N utterances of a batch in a row, [N, ..], and back to their places in the padded batch, [B, U, ..].
+
+    places: [N] int64, where in mask.flatten() the utterances stand; found here if not given, for which a GPU is waited.
+    """
+
+    def __init__(self, mask: Tensor, places: Tensor | None = None):
+        self.shape = mask.shape
+        places = mask.flatten().nonzero().squeeze(1) if places is None else places
+        self.places = places if len(places) < mask.numel() else None  # None: nothing is padded
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, U, ..] -> [N, ..]"""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, D] -> [B, U, D], zero at padding."""
+        if self.places is not None:
+            x = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.places, x)
+        return x.unflatten(0, self.shape)
+
+
 class Past:
     """What a causal MAGT has read of B conversations so far: the keys and values of every stream. Empty at first."""
 
@@ -117,15 +141,16 @@ class Block(nn.Module):
         anchor: Tensor,
         source: Tensor,
         key_mask: Tensor,
+        packing: Packing,
         past: Past | None = None,
         stream: tuple[str, str] = (TEXT, TEXT),
     ) -> Tensor:
-        """anchor, source [B, U, D]; key_mask [B, U], True where the source may be read. Returns [B, U, D].
+        """anchor, source [N, D]; key_mask [B, U], True where the source may be read. Returns [N, D].
 
         past: U is 1, and this utterance reads what `stream` has kept there, too.
         """
-        q = self._split(self.query(anchor))  # [B, heads, U, D / heads]
-        k, v = map(self._split, self.key_value(source).chunk(2, dim=-1))
+        q = self._split(packing.pad(self.query(anchor)))  # [B, heads, U, D / heads]
+        k, v = map(self._split, packing.pad(self.key_value(source)).chunk(2, dim=-1))
         if past is not None:
             k, v, key_mask = past.extend(stream, k, v, key_mask)
         may_read = key_mask[:, None, None, :]  # [B, 1, 1, U]
@@ -134,7 +159,7 @@ class Block(nn.Module):
             may_read = may_read & torch.ones(U, U, dtype=torch.bool, device=key_mask.device).tril()  # [B, 1, U, U]
         # A row without any key (a conversation whose sound is missing throughout) gives 0, not NaN.
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=may_read)
-        x = anchor + self.drop(self.out(read.transpose(1, 2).flatten(2)))
+        x = anchor + self.drop(self.out(packing.pack(read.transpose(1, 2).flatten(2))))
         return x + self.ffn(x)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -157,12 +182,17 @@ class Anchor(nn.Module):
         self.merge = nn.Linear(len(sources) * D, D)  # the paper does not say how; concatenate and project
 
     def forward(
-        self, anchor: Tensor, sources: dict[str, Tensor], key_masks: dict[str, Tensor], past: Past | None = None
+        self,
+        anchor: Tensor,
+        sources: dict[str, Tensor],
+        key_masks: dict[str, Tensor],
+        packing: Packing,
+        past: Past | None = None,
     ) -> Tensor:
-        """anchor [B, U, D]; sources {name: [B, U, D]}; key_masks {name: [B, U]}. Returns [B, U, D]."""
+        """anchor [N, D]; sources {name: [N, D]}; key_masks {name: [B, U]}. Returns [N, D]."""
         streams = []
         for name, block in self.block.items():
-            h = block(anchor, sources[name], key_masks[name], past, (self.name, name))  # Eq. 19, 20
+            h = block(anchor, sources[name], key_masks[name], packing, past, (self.name, name))  # Eq. 19, 20
             gate = self.gate[name](h)
             alpha = torch.sigmoid(F.relu(gate) if self.relu_gate else gate)  # Eq. 21
             streams.append(h * alpha)  # Eq. 22
@@ -189,28 +219,31 @@ class MAGT(nn.Module):
         speakers: Tensor,
         mask: Tensor,
         present: dict[str, Tensor] | None = None,
+        places: Tensor | None = None,
         past: Past | None = None,
     ) -> FusionOutput:
-        """Logits and enriched sequences of every modality.
+        """Logits and enriched sequences of every modality, zero at padding.
 
         features: {modality: [B, U, d_m]}, all finite, whatever stands at missing places.
         speakers: [B, U] int64; -1 for a speaker never seen in training, and at padding.
         mask: [B, U] bool, True at utterances, False at padding; each conversation has an utterance.
         present: {modality: [B, U] bool}, False where an utterance lacks its sound or picture: there the feature counts
             as zero and is not read by others. Default: nothing lacks.
+        places: see Packing; where they are known, a GPU need not be waited for, and a CUDA graph can be captured.
         past: for `step`, which is the way to use it.
         Errors: ValueError for a modality too many or too few, or a shape that does not fit.
         """
         masks = check_inputs(self.config, features, mask, present, speakers)
-        start = 0 if past is None else past.length
-        positions = sinusoidal_positions(mask.shape[1], self.config.width, mask.device, start)
-        tags = positions + self.speaker(speakers + 1)  # PE + SE, [B, U, D]
-        h = {m: self.input[m](features[m]) * masks[m].unsqueeze(-1) + tags for m in features}  # Eq. 18
+        packing = Packing(mask, places)
+        tags = position_and_speaker(self.speaker, speakers, packing, 0 if past is None else past.length)
+        parts = {m: self.input[m](packing.pack(features[m])) * packing.pack(masks[m])[:, None] for m in features}
+        h = {m: x + tags for m, x in parts.items()}  # Eq. 18
 
-        hidden = {m: self.anchor[m](h[m], h, masks, past) for m in h if m != TEXT}
+        hidden = {m: self.anchor[m](h[m], h, masks, packing, past) for m in h if m != TEXT}
         enriched = {m: x + tags for m, x in hidden.items()} if self.config.tags_twice else hidden
-        hidden[TEXT] = self.anchor[TEXT](h[TEXT], {**enriched, TEXT: h[TEXT]}, masks, past)  # t'
-        return FusionOutput({m: self.classifier[m](x) for m, x in hidden.items()}, hidden)  # Eq. 23 before the argmax
+        hidden[TEXT] = self.anchor[TEXT](h[TEXT], {**enriched, TEXT: h[TEXT]}, masks, packing, past)  # t'
+        logits = {m: packing.pad(self.classifier[m](x)) for m, x in hidden.items()}  # Eq. 23 before the argmax
+        return FusionOutput(logits, {m: packing.pad(x) for m, x in hidden.items()})
 
     def step(
         self, past: Past, features: dict[str, Tensor], speakers: Tensor, present: dict[str, Tensor] | None = None
@@ -225,7 +258,7 @@ class MAGT(nn.Module):
             raise ValueError("step needs a model with causal=True: this one was trained to read the future")
         mask = torch.ones_like(speakers, dtype=torch.bool).unsqueeze(1)
         at = {m: x.unsqueeze(1) for m, x in (present or {}).items()}
-        out = self({m: x.unsqueeze(1) for m, x in features.items()}, speakers.unsqueeze(1), mask, at, past)
+        out = self({m: x.unsqueeze(1) for m, x in features.items()}, speakers.unsqueeze(1), mask, at, past=past)
         past.length += 1
         return FusionOutput(*({m: x.squeeze(1) for m, x in part.items()} for part in out))
 
@@ -247,14 +280,14 @@ class Concat(nn.Module):
         self.shared = nn.Sequential(nn.Linear(D, D), nn.GELU(), drop)
         self.classifier = nn.Linear(len(config.widths) * D, config.num_classes)
 
-    def forward(
-        self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, present: dict[str, Tensor] | None = None
-    ) -> FusionOutput:
+    def forward(self, features: dict[str, Tensor], speakers, mask, present=None, places=None) -> FusionOutput:
         """See MAGT.forward; the speakers are not used."""
         masks = check_inputs(self.config, features, mask, present, speakers)
-        parts = [self.shared(layer(features[m])) * masks[m].unsqueeze(-1) for m, layer in self.input.items()]
-        x = torch.cat(parts, dim=-1)  # [B, U, modalities * D]
-        return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x})
+        packing = Packing(mask, places)
+        inputs = {m: layer(packing.pack(features[m])) for m, layer in self.input.items()}
+        parts = [self.shared(x) * packing.pack(masks[m])[:, None] for m, x in inputs.items()]
+        x = torch.cat(parts, dim=-1)  # [N, modalities * D]
+        return FusionOutput({TEXT: packing.pad(self.classifier(x))}, {TEXT: packing.pad(x)})
 
 
 class Context(nn.Module):
@@ -274,16 +307,15 @@ class Context(nn.Module):
         self.block = Block(config)
         self.classifier = nn.Linear(config.width, config.num_classes)
 
-    def forward(
-        self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, present: dict[str, Tensor] | None = None
-    ) -> FusionOutput:
+    def forward(self, features: dict[str, Tensor], speakers, mask, present=None, places=None) -> FusionOutput:
         """See MAGT.forward."""
         masks = check_inputs(self.config, features, mask, present, speakers)
-        parts = [layer(features[m]) * masks[m].unsqueeze(-1) for m, layer in self.input.items()]
-        tags = sinusoidal_positions(mask.shape[1], self.config.width, mask.device) + self.speaker(speakers + 1)
-        h = self.merge(torch.cat(parts, dim=-1)) + tags  # [B, U, D]
-        x = self.block(h, h, mask)
-        return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x})
+        packing = Packing(mask, places)
+        parts = [layer(packing.pack(features[m])) * packing.pack(masks[m])[:, None] for m, layer in self.input.items()]
+        tags = position_and_speaker(self.speaker, speakers, packing)
+        h = self.merge(torch.cat(parts, dim=-1)) + tags  # [N, D]
+        x = self.block(h, h, mask, packing)
+        return FusionOutput({TEXT: packing.pad(self.classifier(x))}, {TEXT: packing.pad(x)})
 
 
 def input_layers(config: FusionConfig) -> nn.ModuleDict:
@@ -294,6 +326,13 @@ def input_layers(config: FusionConfig) -> nn.ModuleDict:
         return nn.Sequential(linear, nn.LayerNorm(config.width)) if config.input_norm else linear
 
     return nn.ModuleDict({m: layer(width) for m, width in config.widths.items()})
+
+
+def position_and_speaker(embedding: nn.Embedding, speakers: Tensor, packing: Packing, start: int = 0) -> Tensor:
+    """PE + SE of the utterances, [N, D]: Eq. 15-17; the first utterance stands at position `start`."""
+    B, U = packing.shape
+    positions = sinusoidal_positions(U, embedding.embedding_dim, speakers.device, start)
+    return packing.pack(positions.expand(B, -1, -1)) + embedding(packing.pack(speakers) + 1)
 
 
 def speaker_embedding(config: FusionConfig) -> nn.Embedding:

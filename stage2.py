@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,14 @@ ROWS = {"text": "T", "audio": "A", "video": "V", "audio_kd": "A_KD", "video_kd":
 SAVE_EVERY = 20.0  # seconds: an epoch can be shorter than the writing of its state (0.7 GB at D = 768)
 
 
+class Batch(NamedTuple):
+    """Conversations padded to the longest of them: what a fusion model takes, and what its losses need besides."""
+
+    inputs: tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor], Tensor]  # as MAGT.forward has them, in order
+    labels: Tensor  # [B, U]
+    places: dict[str, Tensor]  # modality -> [n_m] int64, where in [B * U] it is there; text: every utterance
+
+
 class Conversations:
     """A feature file on the device, handed out as padded batches of conversations by indexing."""
 
@@ -48,7 +57,7 @@ class Conversations:
         self.kinds = kinds
         modality = {kind: kind.removesuffix("_kd") for kind in kinds}
         self.vectors = {modality[k]: features.vectors[k].to(device) for k in kinds}
-        self.present = {modality[k]: features.present[k].to(device) for k in kinds}
+        self.present = {modality[k]: features.present[k] for k in kinds}
         self.label = features.label.to(device)
         self.class_weights = class_weights(features.label[features.split == 0], len(features.label_names)).to(device)
         seen = features.speaker[features.split == 0].unique()
@@ -58,51 +67,52 @@ class Conversations:
         _, self.lengths = features.conversation.unique_consecutive(return_counts=True)
         starts = self.lengths.cumsum(0) - self.lengths
         place = torch.arange(int(self.lengths.max()))
-        rows = torch.where(place < self.lengths[:, None], starts[:, None] + place, -1)  # [conversations, longest]
-        self.rows = rows.to(device)
+        # On the CPU, like `present`: a batch's sizes are known there, and no step waits for the GPU to tell them.
+        self.rows = torch.where(place < self.lengths[:, None], starts[:, None] + place, -1)  # [conversations, longest]
         self.names = [features.conversation_names[i] for i in features.conversation[starts].tolist()]
         self.of_split = [(features.split[starts] == s).nonzero().flatten().tolist() for s in range(3)]
 
-    def batch(self, conversations: list[int]) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """features {modality: [B, U, d_m]}, speakers, mask, present {modality: }, labels, all else [B, U].
-
-        U is the longest of these conversations.
-        """
+    def batch(self, conversations: list[int]) -> Batch:
         rows = self.rows[conversations, : int(self.lengths[conversations].max())]
         mask = rows >= 0
-        rows = rows.clamp(min=0)
-        features = {m: x[rows] for m, x in self.vectors.items()}
         present = {m: x[rows] & mask for m, x in self.present.items()}
-        return features, self.speaker[rows].where(mask, -1), mask, present, self.label[rows]
+        places = {m: x.flatten().nonzero().squeeze(1) for m, x in {**present, TEXT: mask}.items()}
+
+        def to_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {m: x.to(self.label.device, non_blocking=True) for m, x in tensors.items()}
+
+        rows, mask = to_device({"rows": rows.clamp(min=0), "mask": mask}).values()
+        present, places = to_device(present), to_device(places)
+        features = {m: x[rows] for m, x in self.vectors.items()}
+        speakers = self.speaker[rows].where(mask, -1)
+        return Batch((features, speakers, mask, present, places[TEXT]), self.label[rows], places)
 
 
-def fusion_losses(
-    out: FusionOutput,
-    labels: Tensor,
-    mask: Tensor,
-    present: dict[str, Tensor],
-    config: Config,
-    weight: Tensor | None = None,
-) -> dict[str, Tensor]:
+def fusion_losses(out: FusionOutput, batch: Batch, config: Config, weight: Tensor | None = None) -> dict[str, Tensor]:
     """Eq. 25 and its parts on a batch of conversations: {"total", "kd_audio", "kd_video"}, scalars.
 
     weight: [C], of the classes in every cross entropy.
     """
-    l_ce = losses.cross_entropy(out.logits[TEXT][mask], labels[mask], weight)
+
+    def where_there(m: str, *padded: Tensor) -> list[Tensor]:
+        """[B, U, ..] -> [n_m, ..], the utterances that have modality m."""
+        return [x.flatten(0, 1).index_select(0, batch.places[m]) for x in padded]
+
+    l_ce = losses.cross_entropy(*where_there(TEXT, out.logits[TEXT], batch.labels), weight)
     kd = {}
     for m in ("audio", "video"):
         kd[f"kd_{m}"] = l_ce.new_zeros(())
-        if m not in out.logits or not present[m].any():
+        if m not in out.logits or not len(batch.places[m]):
             continue  # Concat has no branches; a corpus or a batch may lack a modality
-        at = present[m]
-        teacher_logits, teacher_hidden = out.logits[TEXT][at], out.hidden[TEXT][at]
+        logits, hidden, labels = where_there(m, out.logits[m], out.hidden[m], batch.labels)
+        teacher_logits, teacher_hidden = where_there(m, out.logits[TEXT], out.hidden[TEXT])
         if config.preset.detach_teacher:
             teacher_logits, teacher_hidden = teacher_logits.detach(), teacher_hidden.detach()
-        loss = losses.soft_label_loss(out.logits[m][at], teacher_logits)
+        loss = losses.soft_label_loss(logits, teacher_logits)
         if config.preset.feature_loss:
-            loss = loss + losses.feature_loss(out.hidden[m][at], teacher_hidden)  # Eq. 24
+            loss = loss + losses.feature_loss(hidden, teacher_hidden)  # Eq. 24
         if config.preset.branch_cross_entropy:
-            loss = loss + losses.cross_entropy(out.logits[m][at], labels[at], weight)
+            loss = loss + losses.cross_entropy(logits, labels, weight)
         kd[f"kd_{m}"] = loss
     return {"total": losses.stage2_loss(l_ce, **kd, alpha=config.alpha, beta=config.beta), **kd}
 
@@ -148,15 +158,15 @@ def train_fusion(
         model.train()
         start, terms = time.perf_counter(), []
         indices = make_batches(lengths, config.stage2_batch)
-        batches = [[train[i] for i in batch] for batch in indices]
-        for batch in batches:
-            features, speakers, mask, present, labels = data.batch(batch)
+        batches = [[train[i] for i in conversations] for conversations in indices]
+        for conversations in batches:
+            batch = data.batch(conversations)
             with autocast:
-                output = model(features, speakers, mask, present)
-            term = fusion_losses(output, labels, mask, present, config, weight)
+                output = model(*batch.inputs)
+            term = fusion_losses(output, batch, config, weight)
             optimizer_step(term["total"], model, optimizer, schedule, scaler, config.clip)
             terms.append({k: x.detach() for k, x in term.items()})
-        check_finite([t["total"] for t in terms], [[data.names[i] for i in batch] for batch in batches])
+        check_finite([t["total"] for t in terms], [[data.names[i] for i in conversations] for conversations in batches])
         seconds = time.perf_counter() - start
 
         dev, test = (evaluate(model, data, split, config, autocast) for split in (1, 2))
@@ -203,12 +213,13 @@ def evaluate(
     terms, all_labels, predictions = [], [], []
     conversations = data.of_split[split]
     for start in range(0, len(conversations), config.stage2_batch):
-        features, speakers, mask, present, labels = data.batch(conversations[start : start + config.stage2_batch])
+        batch = data.batch(conversations[start : start + config.stage2_batch])
         with autocast:
-            output = model(features, speakers, mask, present)
+            output = model(*batch.inputs)
         weight = data.class_weights if config.class_weights else None
-        terms.append(fusion_losses(output, labels, mask, present, config, weight))
-        all_labels.append(labels[mask])
+        terms.append(fusion_losses(output, batch, config, weight))
+        mask = batch.inputs[2]
+        all_labels.append(batch.labels[mask])
         predictions.append(output.logits[TEXT].argmax(dim=-1)[mask])  # Eq. 23
     return {
         "losses": mean_terms(terms),

@@ -116,12 +116,18 @@ def _model(variant: str, width: int, device: str) -> nn.Module:
         return MAGT(config) if variant == MAGT_ else MulT(config)
 
 
-def conversations(lengths: list[int], width: int, device: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Random features, speakers and mask of conversations padded to the longest: what MAGT.forward takes."""
+def conversations(lengths: list[int], width: int, device: str, padded: bool = False) -> tuple:
+    """Random conversations padded to the longest, nothing missing: features, speakers, mask, present and places, what
+    MAGT.forward takes.
+
+    padded: all places count as utterances, so that the linear layers, too, work on padding, for comparison.
+    """
     B, U = len(lengths), max(lengths)
     mask = _mask(lengths, device)
+    places = torch.arange(B * U) if padded else _mask(lengths, "cpu").flatten().nonzero().squeeze(1)
     features = {m: torch.randn(B, U, width, device=device) for m in MODALITIES}
-    return features, torch.randint(0, SPEAKERS, (B, U), device=device).masked_fill(~mask, -1), mask
+    speakers = torch.randint(0, SPEAKERS, (B, U), device=device).masked_fill(~mask, -1)
+    return features, speakers, mask, dict.fromkeys(MODALITIES, mask), places.to(device)
 
 
 def utterances(frames: list[dict[str, int]], widths: dict[str, int], device: str) -> tuple[dict, dict]:
@@ -160,8 +166,8 @@ class Corpus:
         return by_size[len(by_size) // 2]
 
     def padded_flops(self, batches: list[list[int]]) -> Flops:
-        """Each batch padded to its longest conversation."""
-        return _sum(magt_flops(self.config, len(batch), max(batch)) for batch in batches)
+        """Each batch padded to its longest conversation for attention; the linear layers work without padding."""
+        return _sum(magt_flops(self.config, len(batch), max(batch), sum(batch)) for batch in batches)
 
     def valid_flops(self, batches: list[list[int]]) -> Flops:
         """Each conversation by itself, without padding."""

@@ -58,11 +58,15 @@ class Flops(NamedTuple):
         return self.attention + self.linear
 
 
-def magt_flops(config: FusionConfig, conversations: int, utterances: int) -> Flops:
-    """The closed form above, of MAGT on `conversations` conversations of `utterances` utterances each."""
-    n, D, M = conversations * utterances, config.width, len(config.widths)
+def magt_flops(config: FusionConfig, conversations: int, utterances: int, valid: int | None = None) -> Flops:
+    """The closed form above, of MAGT on `conversations` conversations of `utterances` utterances each.
+
+    valid: how many of these are there and no padding, which attention alone works on. Default: all.
+    """
+    slots, D, M = conversations * utterances, config.width, len(config.widths)
+    n = slots if valid is None else valid
     inputs = sum(2 * n * width * D for width in config.widths.values() if width != D)
-    return Flops(4 * M**2 * n * utterances * D, 16 * M**2 * n * D**2 + 2 * M * n * D * config.num_classes + inputs)
+    return Flops(4 * M**2 * slots * utterances * D, 16 * M**2 * n * D**2 + 2 * M * n * D * config.num_classes + inputs)
 
 
 def mult_flops(config: MulTConfig, utterances: int, frames: dict[str, int]) -> Flops:

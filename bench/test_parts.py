@@ -65,7 +65,7 @@ def test_corpus(row, timed, name, padded):
 
 def one_conversation(inputs: tuple, i: int, length: int) -> tuple:
     """Conversation i of a batch, without its padding: [1, length, ..]."""
-    features, speakers, mask = inputs
+    features, speakers, mask, *_ = inputs
     return (
         {m: x[i : i + 1, :length] for m, x in features.items()},
         speakers[i : i + 1, :length],

@@ -152,11 +152,13 @@ def test_features_of_ones_own(feature_file, tmp_path, capsys):
 
 def test_a_speaker_never_seen_in_training():
     data = stage2.Conversations(example(), ("text", "audio_kd"), torch.device("cpu"))
-    _, speakers, mask, present, labels = data.batch([1, 3])
+    batch = data.batch([1, 3])
+    _, speakers, mask, present, places = batch.inputs
     assert speakers.tolist() == [[0, -1], [0, -1]]  # padding; and Eve, who speaks in test alone
     assert mask.tolist() == [[True, False], [True, True]]
     assert present["audio"].tolist() == [[False, False], [True, True]]
-    assert labels[mask].tolist() == [2, 2, 0]
+    assert batch.labels[mask].tolist() == [2, 2, 0]
+    assert places.tolist() == [0, 2, 3] and batch.places["audio"].tolist() == [2, 3]
 
 
 def test_a_class_absent_from_dev_and_conversations_of_one(tmp_path):

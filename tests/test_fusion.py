@@ -16,6 +16,7 @@ from fusion import (
     Context,
     Dropout,
     FusionConfig,
+    Packing,
     Past,
     sinusoidal_positions,
 )
@@ -213,7 +214,7 @@ def test_context_equals_the_formula():
     h = net.merge(torch.cat([normed[m] for m in WIDTHS], dim=-1)) + sinusoidal_positions(6, 32)
     h = h + net.speaker.weight[speakers + 1]
     out = net(features, speakers, mask, present)
-    torch.testing.assert_close(out.logits[TEXT], net.classifier(net.block(h, h, mask)))
+    torch.testing.assert_close(out.logits[TEXT], net.classifier(net.block(h[0], h[0], mask, Packing(mask)))[None])
     flipped = net({m: x.flip(1) for m, x in features.items()}, speakers.flip(1), mask).logits[TEXT].flip(1)
     assert (net(features, speakers, mask).logits[TEXT] - flipped).abs().max() > 1e-3
 
@@ -223,18 +224,19 @@ def test_block_equals_the_formula():
     config = FusionConfig({"text": 8}, 2, 1, width=8, heads=2)
     torch.manual_seed(0)
     block = Block(config).eval()
-    anchor, source = torch.randn(2, 1, 5, 8)
+    anchor, source = torch.randn(2, 5, 8)
     mask = torch.tensor([[True, True, False, True, False]])
-    q, (k, v) = block.query(anchor)[0], block.key_value(source)[0].chunk(2, dim=-1)
+    q, (k, v) = block.query(anchor), block.key_value(source).chunk(2, dim=-1)
     heads = []
     for h in (slice(0, 4), slice(4, 8)):
         score = q[:, h] @ k[:, h].T / math.sqrt(4)
         score[:, ~mask[0]] = -math.inf
         heads.append(score.softmax(-1) @ v[:, h])
-    x = anchor[0] + block.out(torch.cat(heads, dim=-1))
+    x = anchor + block.out(torch.cat(heads, dim=-1))
     norm, up, _, _, down, _ = block.ffn
     expected = x + down(F.gelu(up(norm(x))))
-    torch.testing.assert_close(block(anchor, source, mask)[0], expected)
+    everyone = Packing(torch.ones_like(mask))
+    torch.testing.assert_close(block(anchor, source, mask, everyone), expected)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -242,11 +244,12 @@ def test_gate_equals_the_formula(relu):
     """Eq. 21-22, one stream: merge(h * sigmoid(W h + b)); the released gate has a ReLU inside and is at least 0.5."""
     torch.manual_seed(0)
     anchor = Anchor(FusionConfig({"text": 8}, 2, 1, width=8, heads=2, relu_gate=relu), ["text"]).eval()
-    x, mask = torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool)
-    h = anchor.block["text"](x, x, mask)
+    x, mask = torch.randn(5, 8), torch.ones(1, 5, dtype=torch.bool)
+    h = anchor.block["text"](x, x, mask, Packing(mask))
     z = anchor.gate["text"](h)
     alpha = 1 / (1 + torch.exp(-(z.clamp(min=0) if relu else z)))
-    torch.testing.assert_close(anchor(x, {"text": x}, {"text": mask}), anchor.merge(h * alpha))
+    out = anchor(x, {"text": x}, {"text": mask}, Packing(mask))
+    torch.testing.assert_close(out, anchor.merge(h * alpha))
     assert (alpha >= 0.5).all() == relu
 
 
@@ -268,7 +271,8 @@ def test_released_shares_the_text_anchor_and_adds_the_tags_twice():
         "video": out.hidden["video"] + tags,
         "text": inputs[0]["text"] + tags,
     }
-    torch.testing.assert_close(text(sources["text"], sources, masks), out.hidden[TEXT])
+    sources = {m: x[0] for m, x in sources.items()}
+    torch.testing.assert_close(text(sources["text"], sources, masks, Packing(inputs[2])), out.hidden[TEXT][0])
 
 
 def test_positions_equal_the_formula():

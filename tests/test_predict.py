@@ -55,8 +55,8 @@ def test_a_conversation_of_the_corpus_gets_what_training_gave_it(causal_run, mel
     corpus = read_meld(meld)
     for split in corpus.splits.values():
         for conversation in split:
-            x, speakers, mask, present, _ = data.batch([data.names.index(conversation.id)])
-            expected = fusion(x, speakers, mask, present).logits["text"][0].softmax(dim=-1)
+            batch = data.batch([data.names.index(conversation.id)])
+            expected = fusion(*batch.inputs).logits["text"][0].softmax(dim=-1)
             write(tmp_path / "c.csv", as_rows(conversation))
             answers = predict.predict(model, predict.read_conversation(tmp_path / "c.csv"))
             got = torch.tensor([a.probabilities for a in answers])
