@@ -12,11 +12,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bench.grid import DEVICE
-from bench.measure import SEED, THREADS, environment, gemm_rate, synchronize
+from bench.measure import SEED, THREADS, environment, gemm_rates, synchronize
 from bench.plots import figure
 from bench.tables import markdown, results_path, verdict_text
 
-ROWS, RATE = pytest.StashKey[list[dict]](), pytest.StashKey[float]()
+ROWS, RATES = pytest.StashKey[list[dict]](), pytest.StashKey[dict[str, float]]()
 PARTIAL, WRITTEN = pytest.StashKey[bool](), pytest.StashKey[Path]()
 BUSY = pytest.StashKey[float]()
 
@@ -43,11 +43,11 @@ def _pinned():
 
 
 @pytest.fixture
-def rate(pytestconfig, timed) -> float:
-    """The machine's own float32 matrix-product rate in FLOP/s, measured once a run."""
-    if RATE not in pytestconfig.stash:
-        pytestconfig.stash[RATE] = gemm_rate(DEVICE, (1024, 2048, 4096) if timed else (256,), rounds=7 if timed else 1)
-    return pytestconfig.stash[RATE]
+def rates(pytestconfig, timed) -> dict[str, float]:
+    """The machine's own float32 matrix-product rates in FLOP/s, measured once a run."""
+    if RATES not in pytestconfig.stash:
+        pytestconfig.stash[RATES] = gemm_rates(DEVICE) if timed else gemm_rates(DEVICE, (64,), 1)
+    return pytestconfig.stash[RATES]
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def pytest_sessionfinish(session, exitstatus):
         return
     config = session.config
     busy = {"load average before": round(config.stash[BUSY], 1)}
-    facts = {**environment(DEVICE), **busy, "gemm_flops_per_s": config.stash[RATE]}
+    facts = {**environment(DEVICE), **busy, "gemm_flops_per_s": config.stash[RATES]}
     path = results_path(facts)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")

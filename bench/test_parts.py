@@ -137,21 +137,23 @@ def test_loss(row, timed, name, B):
 # Stage 2
 
 
-@pytest.mark.parametrize("mode", ["at random, eager", *MODES])
+@pytest.mark.parametrize("mode", ["at random, padded", "similar lengths, padded", "at random, packed", *MODES])
 @pytest.mark.parametrize("name", CORPORA)
-def test_stage2_step(row, rate, timed, name, mode):
-    """Eq. 25 with the teacher detached, and AdamW, on the typical batch of 16 conversations of similar length."""
+def test_stage2_step(row, rates, timed, name, mode):
+    """Eq. 25 with the teacher detached, and AdamW, on a typical batch of 16 conversations.
+
+    Of similar length and packed, where the mode does not say otherwise.
+    """
     corpus = CORPORA[name]
     batch = corpus.typical_batch(16 if timed else 2, similar=not mode.startswith("at random"))
     model = MAGT(corpus.config).to(DEVICE)
-    inputs = conversations(batch, WIDTH, DEVICE)
+    inputs = conversations(batch, WIDTH, DEVICE, padded=mode.endswith("padded"))
     valid = inputs[2].flatten().nonzero().squeeze(1)  # indices and not a mask: their number is known to a CUDA graph
     labels = torch.randint(0, corpus.classes, (len(valid),), device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=DEVICE == "cuda")
 
-    def total_loss(features: dict[str, Tensor], speakers: Tensor, mask: Tensor) -> Tensor:
-        out = model(features, speakers, mask)
-        logits, hidden = ({m: x.flatten(0, 1)[valid] for m, x in y.items()} for y in out)
+    def total_loss(*inputs) -> Tensor:
+        logits, hidden = ({m: x.flatten(0, 1).index_select(0, valid) for m, x in y.items()} for y in model(*inputs))
         teacher = logits[TEXT].detach(), hidden[TEXT].detach()
         kd = {m: losses.distillation_loss(logits[m], hidden[m], *teacher) for m in ("audio", "video")}
         l_ce = losses.cross_entropy(logits[TEXT], labels)
@@ -175,9 +177,10 @@ def test_stage2_step(row, rate, timed, name, mode):
         mode=mode,
         utterances=sum(batch),
         params=params(model),
+        padding=1 - sum(batch) / (len(batch) * max(batch)),
         flops=corpus.padded_flops([batch]).total,
         useful_flops=3 * corpus.valid_flops([batch]).total,  # forward and backward, of the utterances that are there
-        gemm_flops_per_s=rate,
+        gemm_flops_per_s=rates,
         bytes=kept,
     )
 
