@@ -12,6 +12,6 @@ plots.py      figures, and the tables again: `python -m bench.plots`
 
 import os
 
-# Before torch is imported: a thread that waits for another one sleeps. By default it spins, which makes a step up to
-# thirty times slower where anything else runs on the machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: a thread that waits for another one spins for some tens of microseconds and then sleeps. To
+# sleep at once costs a tenth of a step on an idle machine; to spin on makes it ten times slower on a busy one.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

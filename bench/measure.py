@@ -186,7 +186,7 @@ def environment(device: str) -> dict[str, str | int]:
         "device": device,
         "cpu": _cpu_model(),
         "threads": THREADS,
-        "idle threads": os.environ["OMP_WAIT_POLICY"].lower(),
+        "idle threads": f"spin {os.environ['GOMP_SPINCOUNT']} times, then sleep",
         **gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -15,6 +15,7 @@ Both as stage2.py trains: Eq. 25, clipping, AdamW.
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
@@ -54,15 +55,14 @@ BATCHES = {  # way: (of similar length, packed)
 }
 
 
-def in_turn(ways: dict[str, tuple[bool, bool]], run, rounds: int) -> dict[str, list[float]]:
-    """Seconds of run(*way), one a round, the ways in turn; a first round warms up and does not count."""
-    seconds = {way: [] for way in ways}
-    for _ in range(1 + rounds):
-        for way, switches in ways.items():
-            start = time.perf_counter()
-            run(*switches)
-            seconds[way].append(time.perf_counter() - start)
-    return {way: s[1:] for way, s in seconds.items()}
+def in_turn(ways: Iterable[str], run: Callable[[str], None]) -> dict[str, float]:
+    """Seconds of run(way), one way after the other: what else happens on the machine meets them all alike."""
+    seconds = {}
+    for way in ways:
+        start = time.perf_counter()
+        run(way)
+        seconds[way] = time.perf_counter() - start
+    return seconds
 
 
 def stage1_epochs(rounds: int = 3) -> dict:
@@ -83,11 +83,13 @@ def stage1_epochs(rounds: int = 3) -> dict:
         stored = make_examples(student, "audio", corpus, store)
         decoded = Examples(lambda i: load_audio(files[i]), stored.length)
 
-        def run(once_decoded: bool, once_taught: bool) -> None:
+        def run(way: str) -> None:
+            once_decoded, once_taught = CACHES[way]
             sounds = stored if once_decoded else decoded
             epoch(student, sounds, corpus, config, taught if once_taught else (teacher, prompts))
 
-        seconds = in_turn(CACHES, run, rounds)
+        epochs = [in_turn(CACHES, run) for _ in range(1 + rounds)][1:]  # the first round warms up
+        seconds = {way: [s[way] for s in epochs] for way in CACHES}
         utterances = len(corpus.utterances("train"))
         return {
             "seconds": seconds,
@@ -156,14 +158,22 @@ def stage2_epochs(rounds: int = 3) -> dict:
     optimizer, schedule = make_optimizer(model, config.stage2_lr, steps, 0.1)
     _, scaler = mixed_precision(torch.device("cpu"))
 
-    def run(similar: bool, packed: bool) -> None:
-        for conversations in make_batches(corpus.lengths if similar else [1] * len(lengths), config.stage2_batch):
-            batch = data.batch(conversations)
-            places = batch.inputs[-1] if packed else torch.arange(batch.labels.numel())  # all: padding too
-            loss = fusion_losses(model(*batch.inputs[:-1], places), batch, config)["total"]
-            optimizer_step(loss, model, optimizer, schedule, scaler, config.clip)
+    def run(way: str) -> None:
+        similar, packed = BATCHES[way]
+        batch = data.batch(next(epochs[similar, packed]))
+        places = batch.inputs[-1] if packed else torch.arange(batch.labels.numel())  # all: padding too
+        loss = fusion_losses(model(*batch.inputs[:-1], places), batch, config)["total"]
+        optimizer_step(loss, model, optimizer, schedule, scaler, config.clip)
 
-    seconds = in_turn(BATCHES, run, rounds)
+    seconds = {way: [] for way in BATCHES}
+    for _ in range(1 + rounds):
+        epochs = {}
+        for similar, packed in BATCHES.values():
+            epochs[similar, packed] = iter(make_batches(corpus.lengths if similar else [1] * len(lengths), 16))
+        steps_of_epoch = [in_turn(BATCHES, run) for _ in range(len(corpus.batches()))]
+        for way in BATCHES:
+            seconds[way].append(sum(step[way] for step in steps_of_epoch))
+    seconds = {way: s[1:] for way, s in seconds.items()}  # the first round warms up
     useful = 3 * corpus.valid_flops([list(corpus.lengths)]).total
     return {"seconds": seconds, "utterances": n, "useful_flops": useful, "gemm_flops_per_s": gemm_rates("cpu")}
 
