@@ -13,6 +13,7 @@ import pytest
 
 import demo
 from data import SPLITS, read_iemocap
+from report import write_report
 
 FILL = """
 import json, sys, threading, time
@@ -69,6 +70,11 @@ def test_five_thousand_utterances_in_bounded_memory(tmp_path):
     assert most - before < 200e6
     assert {p.split(":")[0] for p in problems} == {u.id for u in broken}
     assert total == 2 * len(utterances) - len(broken)
+    row = [{"seed": 0, "epoch": None, "labels": [0, 1], "predictions": [0, 1]}]
+    about = {"title": "5,040", "made_up": True, "corpus": "demo", "machine": {}, "notes": [], "label_names": ["a", "b"]}
+    write_report(tmp_path, {**about, "problems": problems, "rows": {"T": row}})
+    listed = (tmp_path / "report.md").read_text().splitlines()
+    assert all(f"- {p}" in listed for p in problems)
 
 
 def halve(path: Path) -> None:

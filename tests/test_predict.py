@@ -134,6 +134,8 @@ def test_a_sound_file_of_the_utterance_alone_beside_a_film(iemocap, tmp_path):
     assert len(whole) / 16_000 == pytest.approx(u.end - u.start, abs=predict.ALONE)
     film = Utterance("x", "first", "", -1, u.video, u.video, u.start, u.end)
     assert predict.sound_window(film) == (u.start, u.end)
+    no_film = Utterance("x", "first", "", -1, u.audio, None, u.start, u.end)  # then the times are those of the sound
+    assert predict.sound_window(no_film) == (u.start, u.end)
     assert predict.decode(u, "video", 48).shape == (8, 3, 48, 48)
     late = Utterance("x", "first", "", -1, u.audio, u.video, u.start + 100, u.end + 110)
     assert isinstance(predict.decode(late, "audio", 48), predict.MediaError)
