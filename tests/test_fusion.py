@@ -66,6 +66,21 @@ def test_padding_and_batching_change_nothing(model, modalities, changes):
             torch.testing.assert_close(together.hidden[m][i, :length], alone.hidden[m][0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
+def test_packing_changes_nothing(model):
+    net, inputs = make(model), batch([7, 1, 4])
+    mask = inputs[2]
+    found = net(*inputs)
+    given = net(*inputs, None, mask.flatten().nonzero().squeeze(1))
+    padded = net(*inputs, None, torch.arange(mask.numel()))  # every place counts: the layers work on padding, too
+    for part in ("logits", "hidden"):
+        for m, x in getattr(found, part).items():
+            assert torch.equal(x, getattr(given, part)[m]) and not x[~mask].any()
+            torch.testing.assert_close(x[mask], getattr(padded, part)[m][mask], atol=1e-6, rtol=0)
+    packing, x = Packing(mask), torch.randn(12, 5)
+    assert torch.equal(packing.pack(packing.pad(x)), x) and packing.pad(x).shape == (3, 7, 5)
+
+
 def test_permuting_the_batch_permutes_the_output():
     net, (features, speakers, mask) = make(), batch([7, 1, 4])
     order = torch.tensor([2, 0, 1])
