@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     corpus = None if args.features or args.corpus == "demo" else read_corpus(args)
     lock = checkpoint.open_run(args.out, begun, args.fresh)
 
+    args.ablation |= was_ablation(args.out)  # what a report once held, a later start does not take out of it
     rows, problems = {}, []
     if features is None:
         corpus = corpus or read_demo(args.out)
@@ -94,6 +96,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{experiments.compare_presets(config, features, kinds, seeds, args.corpus, *more)}\n")
         print(f"More: {args.out / 'presets.md'}")
     lock.close()
+
+
+def was_ablation(out: Path) -> bool:
+    path = out / "metrics.json"
+    return path.exists() and bool(json.loads(path.read_text())["comparisons"])
 
 
 def stage1(config: Config, corpus: Corpus, args: argparse.Namespace, device: torch.device):
