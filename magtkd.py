@@ -213,7 +213,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         nargs="*",
         metavar="X",
-        help="MAGT over a grid of alpha and beta (default: 0 to 1 by 0.2)",
+        help="MAGT over a grid of alpha and beta (default: 0 0.3 0.7 1)",
     )
     parser.add_argument(
         "--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth"
