@@ -84,7 +84,8 @@ class Dropout(nn.Module):
 class Packing:
     """The N utterances of a batch in a row, [N, ..], and back to their places in the padded batch, [B, U, ..].
 
-    places: [N] int64, where in mask.flatten() the utterances stand; found here if not given, for which a GPU is waited.
+    places: [N] int64, where in mask.flatten() the utterances stand. If it is not given they are looked up, for which
+    the CPU waits for the GPU.
     """
 
     def __init__(self, mask: Tensor, places: Tensor | None = None):
@@ -229,7 +230,7 @@ class MAGT(nn.Module):
         mask: [B, U] bool, True at utterances, False at padding; each conversation has an utterance.
         present: {modality: [B, U] bool}, False where an utterance lacks its sound or picture: there the feature counts
             as zero and is not read by others. Default: nothing lacks.
-        places: see Packing; where they are known, a GPU need not be waited for, and a CUDA graph can be captured.
+        places: see Packing; given, nothing waits for the GPU, and a CUDA graph can be captured.
         past: for `step`, which is the way to use it.
         Errors: ValueError for a modality too many or too few, or a shape that does not fit.
         """

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 def was_ablation(out: Path) -> bool:
     path = out / "metrics.json"
-    return path.exists() and bool(json.loads(path.read_text())["comparisons"])
+    return path.exists() and bool(json.loads(path.read_text()).get("comparisons"))
 
 
 def stage1(config: Config, corpus: Corpus, args: argparse.Namespace, device: torch.device):
