@@ -182,11 +182,13 @@ def figure(result: dict, path: Path) -> None:
     """A bar per way: the median of the rounds, the rounds as dots."""
     one, two = result["stage1"], result["stage2"]
     speeds = {way: [two["utterances"] / s for s in seconds] for way, seconds in two["seconds"].items()}
-    fig, axes = plt.subplots(2, 1, figsize=(6.5, 4.6))
+    fig, axes = plt.subplots(2, 1, figsize=(6.5, 5))
     bars(axes[0], one["seconds"], "both")
-    axes[0].set_xlabel(f"stage 1: seconds per epoch of {one['utterances']} utterances (made-up corpus, small encoders)")
+    axes[0].set_xlabel(
+        f"stage 1: seconds per epoch of {one['utterances']} utterances\n(made-up corpus, small encoders)"
+    )
     bars(axes[1], speeds, "similar lengths, packed")
-    axes[1].set_xlabel("stage 2: utterances per second (MAGT, D = 768, IEMOCAP's reconstructed lengths)")
+    axes[1].set_xlabel("stage 2: utterances per second\n(MAGT, D = 768, IEMOCAP's reconstructed lengths)")
     fig.tight_layout()
     fig.savefig(path, dpi=130)
 
