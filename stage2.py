@@ -73,16 +73,15 @@ class Conversations:
         self.of_split = [(features.split[starts] == s).nonzero().flatten().tolist() for s in range(3)]
 
     def batch(self, conversations: list[int]) -> Batch:
+        """These conversations, by their number in the file."""
         rows = self.rows[conversations, : int(self.lengths[conversations].max())]
         mask = rows >= 0
         present = {m: x[rows] & mask for m, x in self.present.items()}
         places = {m: x.flatten().nonzero().squeeze(1) for m, x in {**present, TEXT: mask}.items()}
 
-        def to_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {m: x.to(self.label.device, non_blocking=True) for m, x in tensors.items()}
-
-        rows, mask = to_device({"rows": rows.clamp(min=0), "mask": mask}).values()
-        present, places = to_device(present), to_device(places)
+        device = self.label.device
+        rows, mask = rows.clamp(min=0).to(device), mask.to(device)
+        present, places = ({m: x.to(device) for m, x in part.items()} for part in (present, places))
         features = {m: x[rows] for m, x in self.vectors.items()}
         speakers = self.speaker[rows].where(mask, -1)
         return Batch((features, speakers, mask, present, places[TEXT]), self.label[rows], places)
