@@ -84,12 +84,16 @@ class Dropout(nn.Module):
 class Packing:
     """The N utterances of a batch in a row, [N, ..], and back to their places in the padded batch, [B, U, ..].
 
-    places: [N] int64, where in mask.flatten() the utterances stand. If it is not given they are looked up, for which
-    the CPU waits for the GPU.
+    places: [N] int64, where in mask.flatten() the utterances stand, which is not checked. If it is not given they are
+    looked up, for which the CPU waits for the GPU.
     """
 
     def __init__(self, mask: Tensor, places: Tensor | None = None):
         self.shape = mask.shape
+        if places is not None and (places.dim() != 1 or len(places) > mask.numel()):
+            raise ValueError(
+                f"places must be [N] for N utterances of mask {list(mask.shape)}, got {list(places.shape)}"
+            )
         places = mask.flatten().nonzero().squeeze(1) if places is None else places
         self.places = places if len(places) < mask.numel() else None  # None: nothing is padded
 
@@ -258,8 +262,9 @@ class MAGT(nn.Module):
         if not self.config.causal:
             raise ValueError("step needs a model with causal=True: this one was trained to read the future")
         mask = torch.ones_like(speakers, dtype=torch.bool).unsqueeze(1)
+        places = torch.arange(len(speakers), device=speakers.device)  # everywhere
         at = {m: x.unsqueeze(1) for m, x in (present or {}).items()}
-        out = self({m: x.unsqueeze(1) for m, x in features.items()}, speakers.unsqueeze(1), mask, at, past=past)
+        out = self({m: x.unsqueeze(1) for m, x in features.items()}, speakers.unsqueeze(1), mask, at, places, past)
         past.length += 1
         return FusionOutput(*({m: x.squeeze(1) for m, x in part.items()} for part in out))
 

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> None:
     corpus = None if args.features or args.corpus == "demo" else read_corpus(args)
     lock = checkpoint.open_run(args.out, begun, args.fresh)
 
-    args.ablation |= was_ablation(args.out)  # what a report once held, a later start does not take out of it
+    if not args.ablation and was_ablation(args.out):  # what a report once held, a later start does not take out of it
+        print(f"{args.out} holds an ablation: it stays in the report, with all its rows (--fresh begins anew)")
+        args.ablation = True
     rows, problems = {}, []
     if features is None:
         corpus = corpus or read_demo(args.out)
@@ -206,7 +208,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how often stage 2 is repeated (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument(
-        "--ablation", action="store_true", help="all thirteen rows of Table 3 (five encoders, four sets), and Context"
+        "--ablation",
+        action="store_true",
+        help="all thirteen rows of Table 3 (five encoders, four sets), and Context; later starts keep them",
     )
     parser.add_argument(
         "--sweep",

@@ -80,8 +80,8 @@ class Conversations:
         places = {m: x.flatten().nonzero().squeeze(1) for m, x in {**present, TEXT: mask}.items()}
 
         device = self.label.device
-        rows, mask = rows.clamp(min=0).to(device), mask.to(device)
-        present, places = ({m: x.to(device) for m, x in part.items()} for part in (present, places))
+        rows, mask = rows.clamp(min=0).to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        present, places = ({m: x.to(device, non_blocking=True) for m, x in part.items()} for part in (present, places))
         features = {m: x[rows] for m, x in self.vectors.items()}
         speakers = self.speaker[rows].where(mask, -1)
         return Batch((features, speakers, mask, present, places[TEXT]), self.label[rows], places)

@@ -8,6 +8,7 @@ test_*.py     the measurements themselves (pytest-benchmark), and tests of this 
 verdicts.py   what the measurements say about each claim
 tables.py     results/*.json as text
 plots.py      figures, and the tables again: `python -m bench.plots`
+speed.py      both stages before and after what was done about speed: `python -m bench.speed`
 """
 
 import os

@@ -1,6 +1,6 @@
 """What was done about speed, before and after, side by side in one process: figures/speed.json and speed.png.
 
-    python -m bench.speed          # 8 minutes on two cores
+    python -m bench.speed          # 5 minutes on two cores
 
 Stage 1: seconds of an epoch of a distilled audio encoder with both caches (what stage1.py does), with one of them, and
 with neither (every file decoded again in every epoch, the frozen teacher run again for every batch). The corpus is made

@@ -158,11 +158,11 @@ def corpus_table(rows: list[dict]) -> str:
                     seconds(forward, forward["samples"]),
                 ]
             )
-    head = ["", "rows per utterance", "TFLOP", "attention's share", "kept, MB per utterance"]
+    head = ["", "attention's rows per utterance", "TFLOP", "attention's share", "kept, MB per utterance"]
     text = (
         "Conversation lengths of MELD are the true ones. Those of IEMOCAP are a reconstruction from published "
         "statistics, not the true list. Bytes and times are of the batch of median size. MulT's lengths are those of "
-        "its paper, not the corpora's.\n\n"
+        "its paper, not the corpora's. In MAGT attention alone works on padding.\n\n"
     )
     return text + table([*head, "forward, ms per utterance"], body)
 

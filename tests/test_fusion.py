@@ -326,6 +326,7 @@ def test_half_precision_under_autocast(model):
         (lambda f, s, m: (f, s, m.float()), "mask must be bool"),
         (lambda f, s, m: (f, s[:, :2], m), r"speakers must be \[1, 4\]"),
         (lambda f, s, m: (f, s, m, {"audio": m[:, :2]}), r"present\['audio'\] must be"),
+        (lambda f, s, m: (f, s, m, None, torch.arange(9)), r"places must be \[N\]"),
     ],
 )
 @pytest.mark.parametrize("model", [MAGT, Concat, Context])
