@@ -9,7 +9,8 @@ size, with random weights, is timed too, over the same utterances.
 
 Stage 2: utterances per second of an epoch of MAGT at D = 768, random vectors in conversations of IEMOCAP's
 (reconstructed) lengths: batches at random or of similar length, padding in all layers or in attention alone (packed).
-Both as stage2.py trains: Eq. 25, clipping, AdamW.
+Both as stage2.py trains: Eq. 25, clipping, AdamW. And the share of padding in batches of the demo's prompts and sound,
+and of conversations.
 """
 
 import json
@@ -35,7 +36,7 @@ from losses import stage1_loss
 from media import MediaStore, load_audio
 from stage1 import Examples, Vectors, encode, make_examples
 from stage2 import Conversations, fusion_losses
-from training import CONFIGS, make_batches, make_optimizer, mixed_precision, optimizer_step
+from training import CONFIGS, make_batches, make_optimizer, mixed_precision, optimizer_step, padding_share
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -178,6 +179,27 @@ def stage2_epochs(rounds: int = 3) -> dict:
     return {"seconds": seconds, "utterances": n, "useful_flops": useful, "gemm_flops_per_s": gemm_rates("cpu")}
 
 
+def padding(shuffles: int = 20) -> dict[str, dict[str, float]]:
+    """Mean share of padding in batches at random and of similar length: {what: {"at random", "similar lengths"}}."""
+    with tempfile.TemporaryDirectory() as folder:
+        demo.write_iemocap(Path(folder) / "corpus", conversations=20)  # the demo's own
+        corpus = read_iemocap(Path(folder) / "corpus")
+        paths = save_tiny(Path(folder) / "tiny", [u.text for u in corpus.utterances("train")])
+        prompts = make_examples(TextEncoder(paths["text"], 6, 64), "text", corpus, None)
+        train = corpus.utterances("train")
+        kinds = {
+            "prompts": [prompts.length(u.id) for u in train],
+            "sound": [len(load_audio(u.audio)) for u in train],
+            **{name: list(c.lengths) for name, c in CORPORA.items()},
+        }
+    torch.manual_seed(SEED)
+
+    def mean(lengths: list[int], keys: list[int]) -> float:
+        return sum(padding_share(lengths, make_batches(keys, 16)) for _ in range(shuffles)) / shuffles
+
+    return {name: {"at random": mean(x, [1] * len(x)), "similar lengths": mean(x, x)} for name, x in kinds.items()}
+
+
 def figure(result: dict, path: Path) -> None:
     """A bar per way: the median of the rounds, the rounds as dots."""
     one, two = result["stage1"], result["stage2"]
@@ -205,6 +227,7 @@ if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     result = {"machine": environment("cpu"), "stage1": stage1_epochs(), "stage2": stage2_epochs()}
+    result["padding"] = padding()
     (FIGURES / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
     figure(result, FIGURES / "speed.png")
     one, two = result["stage1"], result["stage2"]

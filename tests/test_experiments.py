@@ -207,7 +207,11 @@ def test_class_weights_take_effect_in_stage_2(options, tmp_path):
 def test_class_weights_take_effect_in_stage_1(iemocap, tmp_path, monkeypatch):
     seen = []
     real = magtkd.run_stage1.__globals__["stage1_loss"]
-    loss = lambda *a, weight=None: seen.append(weight if len(a) < 6 else a[5]) or real(*a[:5], weight=seen[-1])  # noqa: E731
+
+    def loss(*args, weight=None):
+        seen.append(weight if len(args) < 6 else args[5])
+        return real(*args[:5], weight=seen[-1])
+
     monkeypatch.setitem(magtkd.run_stage1.__globals__, "stage1_loss", loss)
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--encoders", "tiny", "--seeds", "1"]
     assert magtkd.main([*options, "--stage1-epochs", "1", "--stage2-epochs", "1", "--class-weights"]) == 0
