@@ -1,24 +1,69 @@
-"""IEMOCAP and MELD as they lie on a user's disk (section 4.1 of the paper).
+"""Data: IEMOCAP and MELD on disk, the feature file, and conversations as rows.
 
 `read_iemocap` and `read_meld` turn a user's own copy into a Corpus: conversations of utterances, in the order of
-speaking, with paths to sound and picture. Whatever is odd but bearable about the copy is counted in `Corpus.notes`,
-which the report shows; what would make the results incomparable is an InputError that says what to do.
+speaking, with paths to sound and pictures (section 4.1 of the paper). What is odd but bearable about the copy is
+counted in `Corpus.notes`, which the report shows; what would make the results incomparable is an InputError.
 
-Not here: decoding (media.py), prompts (encoders.py), vectors (features.py).
+`FeatureFile` is what lies between the stages: one feature (a vector) per
+utterance and encoder. `Conversations` hands it out in batches, as rows without padding.
+
+Not here: what becomes of words, sound and pictures (encoders.py).
 """
 
 import csv
+import json
+import os
+import pickle
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 SPLITS = ("train", "dev", "test")
+MODALITIES = ("text", "audio", "video")
+KINDS = ("text", "audio", "video", "audio_kd", "video_kd")  # of features; _kd: from an encoder distilled from text
 
 
 class InputError(Exception):
     """The user's input cannot be used; the message says what, where, and what to do. Exit code 2."""
+
+
+class MediaError(Exception):
+    """One file cannot be decoded; the message says why. The run goes on without it."""
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file under a temporary name, then moves it: there is never half a file under its name."""
+    part = Path(f"{path}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def save_state(path: Path, parts: dict[str, Any], history: list[dict], best: dict) -> None:
+    """parts: whatever has a state_dict: model, optimizer, schedule, scaler. The old file stays until this is whole."""
+    state = {"parts": {name: part.state_dict() for name, part in parts.items()}, "history": history, "best": best}
+    replace_file(path, lambda part: torch.save(state, part))
+
+
+def load_state(path: Path, parts: dict[str, Any]) -> tuple[list[dict], dict] | None:
+    """Puts the parts into the state that `save_state` kept. Returns (history, best), or None if nothing was kept."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        return state["history"], state["best"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as e:
+        raise InputError(f"{path}: not a checkpoint of this model ({e}); delete it, or start again with --fresh") from e
 
 
 @dataclass(frozen=True)
@@ -29,7 +74,7 @@ class Utterance:
     label: int  # index into Corpus.label_names
     audio: Path | None  # a file of any container; None: missing
     video: Path | None
-    start: float | None = None  # the utterance's place in the video file, in seconds; None: all of the file
+    start: float | None = None  # where the utterance lies in the video file, in seconds; None: all of the file
     end: float | None = None
 
 
@@ -46,20 +91,15 @@ class Corpus:
     splits: dict[str, tuple[Conversation, ...]]  # train, dev, test
     notes: tuple[str, ...]  # what is odd about this copy, for the report
 
-    def utterances(self, split: str) -> list[Utterance]:
-        return [u for conversation in self.splits[split] for u in conversation.utterances]
+    def utterances(self, *splits: str) -> list[Utterance]:
+        """Of these splits, or of all."""
+        return [u for s in splits or SPLITS for conversation in self.splits[s] for u in conversation.utterances]
 
 
 # IEMOCAP
 
 IEMOCAP_LABELS = {"ang": "angry", "exc": "excited", "fru": "frustrated", "hap": "happy", "neu": "neutral", "sad": "sad"}
-IEMOCAP_DROPPED = {
-    "xxx",
-    "sur",
-    "fea",
-    "dis",
-    "oth",
-}  # no agreement, or too rare: left out by everyone's 6-class setting
+IEMOCAP_DROPPED = set("xxx sur fea dis oth".split())  # no agreement, or too rare: in nobody's 6-class setting
 TURN_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\t(Ses\w+)\t(\w+)\t\[.*\]")
 WORDS_LINE = re.compile(r"(Ses\w+) \[(\d+\.\d+)-(\d+\.\d+)\]:\s*(.*)")
 
@@ -133,9 +173,7 @@ def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None,
     counts["transcribed turns without a label, dropped"] += len(unlabelled)
 
     turns.sort()  # the file may be grouped by name
-    order = list(
-        dict.fromkeys(turn[-4] for _, _, turn, _ in turns)
-    )  # "F" or "M"; the session's letter is not the speaker
+    order = list(dict.fromkeys(turn[-4] for _, _, turn, _ in turns))  # "F" or "M"; the session's letter is another
     utterances = []
     for start, end, turn, label in turns:
         audio = session / "sentences/wav" / labels.stem / f"{turn}.wav"
@@ -151,11 +189,7 @@ def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None,
 # MELD
 
 MELD_LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
-MELD_CLIPS = {
-    "train": ("train_splits",),
-    "dev": ("dev_splits_complete",),
-    "test": ("output_repeated_splits_test",),
-}
+MELD_CLIPS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
 MELD_COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
 # Some copies hold control characters where Windows punctuation was meant: 0x92 is an apostrophe in cp1252.
 PUNCTUATION = {code: bytes([code]).decode("cp1252") for code in (0x85, *range(0x91, 0x98))}
@@ -183,13 +217,13 @@ def read_meld(root: Path) -> Corpus:
 
 
 def _read_split(root: Path, split: str, table: Path, counts: Counter) -> list[Conversation]:
-    folder = _find(root, split, *MELD_CLIPS[split])
+    folder = _find(root, split, MELD_CLIPS[split])
     clips = {} if folder is None else {p.stem: p for p in _files(folder, "dia*.mp4")}
     if folder is not None:  # corrected cuts of the test clips
         corrected = {p.stem.removeprefix("final_videos_test"): p for p in _files(folder, "final_videos_testdia*.mp4")}
         clips |= corrected
     else:
-        counts[f"folders of clips missing ({split}: {MELD_CLIPS[split][0]})"] += 1
+        counts[f"folders of clips missing ({split}: {MELD_CLIPS[split]})"] += 1
     dialogues: dict[int, dict[int, Utterance]] = {}
     text = table.read_bytes()
     try:
@@ -223,13 +257,10 @@ def _read_split(root: Path, split: str, table: Path, counts: Counter) -> list[Co
     return [Conversation(f"{split}_dia{k}", tuple(utterances)) for k, utterances in ordered]
 
 
-def _find(root: Path, split: str, *names: str) -> Path | None:
-    """The first of `names` that exists in root or below root/split."""
-    for folder in (root, root / split, root / split / split):
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-    return None
+def _find(root: Path, split: str, name: str) -> Path | None:
+    """`name` in root or below root/split, wherever it exists."""
+    folders = (root, root / split, root / split / split)
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
 def _packed(root: Path) -> bool:
@@ -254,3 +285,182 @@ def _notes(counts: Counter, splits: dict[str, tuple[Conversation, ...]]) -> tupl
     utterances = "/".join(str(sum(len(c.utterances) for c in splits[s])) for s in SPLITS)
     head = f"{sizes} conversations and {utterances} utterances (train/dev/test)"
     return (head, *(f"{n} {what}" for what, n in sorted(counts.items()) if n))
+
+
+# The feature file, and the encoders' answers that it is made of
+
+
+class Encoded(NamedTuple):
+    """An encoder's answers for every utterance of a corpus, in order; NaN where sound or picture is missing."""
+
+    features: Tensor  # [N, d]
+    logits: Tensor  # [N, C]
+
+
+def write_encoded(path: Path, answers: Encoded, ids: list[str]) -> None:
+    replace_file(path, lambda part: save_file(answers._asdict(), part, {"utterances": json.dumps(ids)}))
+
+
+def read_encoded(path: Path, ids: list[str]) -> Encoded:
+    """What an encoder left, if it is of these utterances. Errors: InputError."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            if json.loads((f.metadata() or {})["utterances"]) == ids:
+                return Encoded(f.get_tensor("features"), f.get_tensor("logits"))
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        raise InputError(f"{path}: not an encoder's answers ({type(e).__name__}); delete it, it is made again") from e
+    raise InputError(f"{path}: made from other utterances than the corpus has now; start again with --fresh")
+
+
+@dataclass
+class FeatureFile:
+    """Every utterance's features. Rows are utterances in the order of speaking, those of a conversation together."""
+
+    features: dict[str, Tensor]  # kind -> [N, d_m] float32; kinds are KINDS, "text" always there
+    present: dict[str, Tensor]  # kind -> [N] bool; False: the utterance does not have it, its feature is zero
+    label: Tensor  # [N] int64
+    speaker: Tensor  # [N] int64
+    conversation: Tensor  # [N] int64
+    split: Tensor  # [N] int64, index into SPLITS
+    label_names: list[str]
+    speaker_names: list[str]
+    conversation_names: list[str]
+    utterance_names: list[str]
+
+
+ROWS = ("label", "speaker", "conversation", "split")  # the file's int64 columns
+NAMES = ("label_names", "speaker_names", "conversation_names", "utterance_names")  # in its metadata, as JSON
+
+
+def write_features(path: Path, file: FeatureFile) -> None:
+    """Writes the format of the README, NaN where a feature is missing; whole or not at all."""
+    nan = torch.tensor(torch.nan)
+    tensors = {k: torch.where(file.present[k][:, None], x, nan).contiguous() for k, x in file.features.items()}
+    tensors |= {name: getattr(file, name) for name in ROWS}
+    metadata = {name: json.dumps(getattr(file, name)) for name in NAMES} | {"split_names": json.dumps(SPLITS)}
+    replace_file(path, lambda part: save_file(tensors, part, metadata))
+
+
+def read_features(path: Path) -> FeatureFile:
+    """Reads and checks a feature file. Errors: InputError that names the field at fault."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: not a readable feature file ({e}); the README says what it holds") from e
+
+    def bad(field: str, what: str) -> InputError:
+        return InputError(f"{path}: field {field!r} {what}")
+
+    names = {}
+    for field in (*NAMES, "split_names"):
+        try:
+            names[field] = json.loads(metadata[field])
+        except (KeyError, json.JSONDecodeError) as e:
+            raise bad(field, "must be in the metadata, as a JSON list of names") from e
+    if tuple(names.pop("split_names")) != SPLITS:
+        raise bad("split_names", f"must be {list(SPLITS)}")
+    if "text" not in tensors:
+        raise bad("text", "is missing; MAGT's last anchor is text, the other modalities may be absent")
+    N = len(names["utterance_names"])
+    rows = {}
+    sizes = {"label": "label_names", "speaker": "speaker_names", "conversation": "conversation_names", "split": None}
+    for field, list_name in sizes.items():
+        if field not in tensors or tensors[field].shape != (N,) or tensors[field].dtype != torch.int64:
+            got = f"{tensors[field].dtype} {list(tensors[field].shape)}" if field in tensors else "nothing"
+            raise bad(field, f"must be int64 [{N}], one per utterance name; got {got}")
+        most = len(names[list_name]) if list_name else len(SPLITS)
+        if N and not (0 <= tensors[field].min() and tensors[field].max() < most):
+            where = int(((tensors[field] < 0) | (tensors[field] >= most)).nonzero()[0])
+            raise bad(field, f"must be 0 to {most - 1}; row {where} has {int(tensors[field][where])}")
+        rows[field] = tensors[field]
+    if missing := [s for i, s in enumerate(SPLITS) if not (rows["split"] == i).any()]:
+        raise bad("split", f"has no utterance in {', '.join(missing)}")
+    starts = torch.cat((torch.tensor([True]), rows["conversation"].diff() != 0))
+    if starts.sum() != len(rows["conversation"].unique()):
+        raise bad("conversation", "must hold the utterances of a conversation together, in the order of speaking")
+    if (rows["split"].diff() != 0).logical_and(~starts[1:]).any():
+        raise bad("split", "must not change within a conversation")
+
+    features, present = {}, {}
+    for kind in (k for k in KINDS if k in tensors):
+        x = tensors[kind]
+        if x.dim() != 2 or len(x) != N or not x.shape[1] or not x.is_floating_point():
+            raise bad(kind, f"must be float32 [{N}, d]; got {x.dtype} {list(x.shape)}")
+        absent = x.isnan().all(dim=1)  # a whole row of NaN: the utterance does not have it
+        if (broken := ~x.isfinite().all(dim=1) & ~absent).any():
+            raise bad(kind, f"has NaN or infinity inside row {int(broken.nonzero()[0])} (a missing one is all NaN)")
+        if not absent.all():  # nobody has it: as if the field were not there
+            features[kind], present[kind] = x.float().masked_fill(absent[:, None], 0.0), ~absent
+    if "text" not in features:
+        raise bad("text", "is NaN throughout")
+    return FeatureFile(features, present, **rows, **names)
+
+
+def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus) -> FeatureFile:
+    """The features of all encoders with labels, speakers and conversations."""
+    conversations = [(s, c) for s, split in enumerate(SPLITS) for c in corpus.splits[split]]
+    utterances = [(s, i, u) for i, (s, c) in enumerate(conversations) for u in c.utterances]
+    speakers = {name: i for i, name in enumerate(dict.fromkeys(u.speaker for _, _, u in utterances))}
+    return FeatureFile(
+        features={name: x.features.nan_to_num() for name, x in encoded.items()},
+        present={name: ~x.features.isnan().any(dim=1) for name, x in encoded.items()},
+        label=torch.tensor([u.label for _, _, u in utterances]),
+        speaker=torch.tensor([speakers[u.speaker] for _, _, u in utterances]),
+        conversation=torch.tensor([i for _, i, _ in utterances]),
+        split=torch.tensor([s for s, _, _ in utterances]),
+        label_names=list(corpus.label_names),
+        speaker_names=list(speakers),
+        conversation_names=[c.id for _, c in conversations],
+        utterance_names=[u.id for _, _, u in utterances],
+    )
+
+
+# Conversations as rows
+
+
+class Batch(NamedTuple):
+    """Conversations one after the other: what a fusion model takes, and what its losses need besides."""
+
+    inputs: tuple[dict[str, Tensor], Tensor, list[int], dict[str, Tensor]]  # as MAGT.forward has them, in order
+    labels: Tensor  # [N]
+    rows: dict[str, Tensor]  # modality -> [n_m] int64, the rows that have it; no entry: all have
+
+
+class Conversations:
+    """A feature file on the device, handed out by the names of conversations."""
+
+    def __init__(self, file: FeatureFile, kinds: tuple[str, ...], device: torch.device):
+        modality = {kind: kind.removesuffix("_kd") for kind in kinds}
+        self.kinds, self.device = kinds, device
+        self.features = {modality[k]: file.features[k].to(device) for k in kinds}
+        self.present = {modality[k]: file.present[k] for k in kinds if not file.present[k].all()}  # on the CPU: `batch`
+        self.label = file.label.to(device)
+        seen = file.speaker[file.split == 0].unique()
+        self.num_speakers = int(seen.max()) + 1
+        # A speaker never seen in training has an embedding that was never trained: 0, which adds nothing.
+        self.speaker = torch.where(torch.isin(file.speaker, seen), file.speaker + 1, 0).to(device)
+        _, lengths = file.conversation.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        names = [file.conversation_names[i] for i in file.conversation[starts].tolist()]
+        self.slices = {name: slice(*at) for name, at in zip(names, zip(starts, ends))}
+        self.lengths = dict(zip(names, lengths.tolist()))
+        self.splits = {
+            split: [name for name, start in zip(names, starts) if file.split[start] == s]
+            for s, split in enumerate(SPLITS)
+        }
+
+    def batch(self, names: list[str]) -> Batch:
+        """The conversations of these names. Nothing here waits for a GPU: sizes are known on the host."""
+        at = [self.slices[name] for name in names]
+
+        def pick(x: Tensor) -> Tensor:
+            return torch.cat([x[rows] for rows in at])
+
+        present = {m: pick(x) for m, x in self.present.items()}
+        rows = {m: x.nonzero().squeeze(1).to(self.device, non_blocking=True) for m, x in present.items()}
+        present = {m: x.to(self.device, non_blocking=True) for m, x in present.items()}
+        features = {m: pick(x) for m, x in self.features.items()}
+        inputs = (features, pick(self.speaker), [self.lengths[name] for name in names], present)
+        return Batch(inputs, pick(self.label), rows)

@@ -1,181 +1,375 @@
-"""Stage 1's encoders: one vector per utterance from its words (Eq. 1-3), its sound (Eq. 4) or its picture (Eq. 5).
+"""Stage 1's encoders: from files to one feature (a vector) per utterance, by text (Eq. 1-3), audio (4) and video (5).
 
-Each is a pretrained transformer from a hub name or a folder written by `save_pretrained`, a rule for which of its
-output vectors stands for the utterance, and a linear classifier. The training loop uses all three without knowing the
-modality: `collate` makes a batch of examples, `forward` gives features [B, d] and logits [B, C].
+First the decoding: `load_audio` and `load_frames` read an utterance's sound and pictures from any file that PyAV reads,
+and `MediaStore` keeps them, so that each file is decoded once. Then three encoders. Each is a pretrained transformer (a
+hub name, or a folder written by `save_pretrained`), a rule for which of its output vectors stands for the utterance, a
+linear layer where its width is not d, and a linear classifier:
 
-    text   RoBERTa      the vector at <mask> of a prompt that asks what the speaker feels, the past before it
-    audio  Data2vec     the mean over the frames of the sound itself, padding left out
-    video  TimeSformer  the class token of 8 frames
+    text   RoBERTa, or any encoder whose tokenizer has a mask token: the vector at the mask of a prompt that asks what
+           the speaker feels, with the past before it
+    audio  Data2vec, or another of the wav2vec 2.0 family: the mean over the frames
+    video  TimeSformer: the class token; VideoMAE, which has none: the mean over the patches
 
-What a checkpoint's processor wants (mean, deviation, rate, normalisation) is read from the checkpoint. `save_tiny`
-writes small random ones of the same classes, for the demo and the tests.
+All three are called alike: `features, logits = encoder(examples)`, [B, d] and [B, C]. What a checkpoint's processor
+wants (mean, deviation, rate, normalisation) is read from the checkpoint.
 
-Not here: decoding (media.py), training (magtkd.py).
+Not here: which files belong to an utterance (data.py); the training (magtkd.py).
 """
 
 import logging
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
+import torchaudio.functional as A
+import torchvision.transforms.v2.functional as V
 import transformers
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data import Conversation, InputError
-from media import FRAMES, RATE
+from data import Conversation, InputError, MediaError, Utterance, replace_file
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries without a network; our error says it once
+av.logging.set_level(av.logging.PANIC)  # the report names broken files; FFmpeg's own lines would drown the progress
 
+RATE = 16_000  # Hz, what every speech encoder of this family was trained on
+MAX_SECONDS = 35.0  # IEMOCAP's longest utterance has 34 s; some of MELD's clips are wrong cuts of 5 minutes
+MIN_SAMPLES = 400  # 25 ms, one step of the encoder's convolutions
+SHORTEST = 4_800  # samples; in training SpecAugment masks stretches of 10 frames (0.2 s), and raises on shorter clips
+MARGIN = 1.0  # seconds of video before and after an utterance of a longer film
 SPEAKER_TOKENS = [f"<s{i}>" for i in range(1, 10)]  # MELD has at most 9 speakers in a conversation; a tenth shares <s9>
-MAX_TOKENS = 512
-MIN_BATCH_SECONDS = 0.5  # SpecAugment masks 10 frames at a time, and raises on batches shorter than that
 
 
-class TextEncoder(nn.Module):
-    """RoBERTa at the <mask> of a prompt (Eq. 3). Examples are lists of token ids, from `prompts`."""
+# From a file to sound and pictures
 
-    def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
+
+def load_audio(path: Path, start: float = 0.0, end: float | None = None) -> Tensor:
+    """The sound of a file from `start` to `end` (seconds), at most MAX_SECONDS of it. float32 [T], 16 kHz mono.
+
+    Errors: MediaError for a file that is missing, broken or without sound, or shorter than 25 ms.
+    """
+    end = min(start + MAX_SECONDS, float("inf") if end is None else end)
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise MediaError("no sound in it")
+        stream = container.streams.audio[0]
+        if start > 0:
+            container.seek(int(start * av.time_base))
+        mono, parts, offset = av.AudioResampler(format="fltp", layout="mono"), [], None
+        for frame in container.decode(stream):
+            time = 0.0 if frame.time is None else frame.time
+            if time >= end:
+                break
+            offset = time if offset is None else offset
+            parts += [part.to_ndarray()[0] for part in mono.resample(frame)]
+    if not parts:
+        raise MediaError("no sound in it")
+    sound, rate = torch.from_numpy(np.concatenate(parts)), frame.sample_rate
+    first = max(0, round((start - offset) * rate))
+    sound = sound[first : first + round((end - max(start, offset)) * rate)]
+    if not len(sound):
+        raise MediaError(f"ends before {start:.1f} s, where the utterance begins")
+    # To the nearest 25 Hz (nobody hears 44,101 Hz as 44,100): the resampler's memory grows with rate / gcd(rate, RATE).
+    sound = A.resample(sound, max(25, round(rate / 25) * 25), RATE)
+    if len(sound) < MIN_SAMPLES:
+        raise MediaError(f"only {len(sound) / RATE * 1000:.0f} ms of sound")
+    if not sound.isfinite().all():
+        raise MediaError("samples that are not numbers")
+    return sound.clamp(-1, 1)
+
+
+def load_frames(path: Path, start: float | None, end: float | None, count: int = 8, size: int = 224) -> Tensor:
+    """Frames spread evenly over an utterance. uint8 [count, 3, size, size], RGB.
+
+    start, end: seconds; the window is a second wider on both sides. None: all of the file, at most MAX_SECONDS of it.
+    The whole picture is squeezed to a square: actors sit at its edges, where a centre crop would cut them off.
+    Errors: MediaError for a file that is missing, broken or without pictures in that window.
+    """
+    with _open(path) as container:
+        if not container.streams.video:
+            raise MediaError("no picture in it")
+        stream = container.streams.video[0]
+        length = container.duration / av.time_base if container.duration else MAX_SECONDS
+        low = max(0.0, start - MARGIN) if start is not None else 0.0
+        high = min(length, end + MARGIN if end is not None else length, low + MAX_SECONDS)
+        if high <= low:
+            raise MediaError(f"ends at {length:.1f} s, before the utterance")
+        times = np.linspace(low, high, 2 * count + 1)[1::2]  # the middles of `count` equal parts
+        if low > 0:
+            container.seek(int(low * av.time_base))  # to the key frame before
+        frames = _pick(container.decode(stream), times, float(stream.average_rate or 25))
+    if not frames:
+        raise MediaError("no picture in it")
+    frames += frames[-1:] * (count - len(frames))  # the film ends early: its last frame stands still
+    pictures = [torch.from_numpy(frame).permute(2, 0, 1) for frame in frames]
+    return torch.stack([V.resize(picture, [size, size], antialias=True) for picture in pictures])
+
+
+def _pick(film: Iterable[av.VideoFrame], times: np.ndarray, rate: float) -> list[np.ndarray]:
+    """The first frame at or after each time (the last frame for times behind the end), as RGB [H, W, 3]."""
+    picked, last = [], None
+    for number, last in enumerate(film):
+        time = number / rate if last.time is None else last.time
+        while len(picked) < len(times) and time >= times[len(picked)]:
+            picked.append(last.to_ndarray(format="rgb24"))
+        if len(picked) == len(times):
+            return picked
+    return picked if last is None else [*picked, last.to_ndarray(format="rgb24")]
+
+
+def _open(path: Path):
+    if not Path(path).is_file():
+        raise MediaError("not a file" if Path(path).exists() else "missing")
+    return av.open(str(path))
+
+
+def decode(u: Utterance, modality: str, frames: int = 8, size: int = 224) -> np.ndarray:
+    """An utterance's "audio", int16 [T] at 16 kHz, or its "video", uint8 [frames, 3, size, size].
+
+    Errors: MediaError that says why there is none. Whatever a file makes a decoder raise costs this file alone.
+    """
+    path = getattr(u, modality)
+    try:
+        if path is None:
+            raise MediaError("missing")
+        if modality == "audio":
+            return (load_audio(path) * 32767).round().to(torch.int16).numpy()
+        return load_frames(path, u.start, u.end, frames, size).numpy()
+    except MediaError:
+        raise
+    except Exception as e:
+        try:
+            size = Path(path).stat().st_size
+        except OSError as why:
+            raise MediaError(why.strerror or "cannot be read") from e
+        raise MediaError("empty file" if not size else f"broken, {size} bytes ({type(e).__name__})") from e
+
+
+# What was decoded, on disk
+
+
+class MediaStore:
+    """Decoded sound and frames, so that no file is decoded twice: a NumPy file per utterance and modality.
+
+    folder/audio/ID.npy, int16 [T] at 16 kHz; folder/video/ID.npy, uint8 [frames, 3, size, size]; or ID.txt, which says
+    why there is none. Files are written whole, so a killed run continues where it was; RAM stays flat.
+
+    modalities: which of "audio" and "video" are wanted. frames, size: of a video, how many and of how many pixels.
+    """
+
+    def __init__(self, folder: Path, modalities: tuple[str, ...], frames: int = 8, size: int = 224):
+        self.folder, self.modalities, self.frames, self.size = Path(folder), modalities, frames, size
+        for m in modalities:
+            (self.folder / m).mkdir(parents=True, exist_ok=True)
+
+    def fill(self, utterances: list[Utterance], workers: int) -> None:
+        """Decodes what is not in the store yet. Threads: FFmpeg and torch leave Python's lock while they work.
+
+        Errors: InputError if the disk is too small.
+        """
+        todo = [(u, m) for u in utterances for m in self.modalities if not self._is_done(u.id, m)]
+        if not todo:
+            return
+        need, free = sum(self.bytes_for(u, m) for u, m in todo), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise InputError(
+                f"{self.folder}: the decoded media of {len(utterances)} utterances need {need / 1e9:.1f} GB more, "
+                f"{free / 1e9:.1f} GB are free; give a folder on a larger disk with --out"
+            )
+        print(f"decoding {len(todo)} sounds and films into {self.folder}: about {need / 1e9:.1f} GB", flush=True)
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in tqdm(pool.map(self._keep, todo), "decoding", len(todo), unit=" files", disable=None):
+                pass
+
+    def get(self, utterance_id: str, modality: str) -> Tensor:
+        """Audio: float32 [T], 16 kHz mono, -1 to 1. Video: uint8 [frames, 3, size, size], RGB."""
+        x = self._load(utterance_id, modality)
+        return torch.from_numpy(x / np.float32(32767) if modality == "audio" else x)
+
+    def length(self, utterance_id: str, modality: str) -> int:
+        """Samples or frames; 0 if the utterance does not have it."""
+        return len(self._load(utterance_id, modality, "r")) if self._path(utterance_id, modality).exists() else 0
+
+    def problems(self) -> list[str]:
+        """A line per utterance and modality that could not be decoded."""
+        notes = [p for m in self.modalities for p in (self.folder / m).glob("*.txt")]
+        return sorted(f"{p.stem}: {p.parent.name} {p.read_text(encoding='utf-8')}" for p in notes)
+
+    def bytes_for(self, u: Utterance, modality: str) -> int:
+        """How much disk the decoded media of an utterance take, about."""
+        seconds = 4.0 if u.end is None else min(u.end - u.start, MAX_SECONDS)
+        return int(seconds * RATE * 2) if modality == "audio" else self.frames * 3 * self.size**2
+
+    def _path(self, utterance_id: str, modality: str, ending: str = "npy") -> Path:
+        return self.folder / modality / f"{utterance_id}.{ending}"
+
+    def _is_done(self, utterance_id: str, modality: str) -> bool:
+        return any(self._path(utterance_id, modality, ending).exists() for ending in ("npy", "txt"))
+
+    def _keep(self, job: tuple[Utterance, str]) -> None:
+        u, modality = job
+        try:
+            x = decode(u, modality, self.frames, self.size)
+        except MediaError as e:
+            why = str(e)
+            replace_file(self._path(u.id, modality, "txt"), lambda part: part.write_text(why, encoding="utf-8"))
+            return
+        with open(f"{self._path(u.id, modality)}.part", "wb") as f:
+            np.save(f, x)
+        os.replace(f.name, self._path(u.id, modality))
+
+    def _load(self, utterance_id: str, modality: str, mode: str | None = None) -> np.ndarray:
+        path = self._path(utterance_id, modality)
+        try:
+            return np.load(path, mode)
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path}: damaged ({e}); delete it, and it is decoded again") from e
+
+
+# From sound, pictures and words to features
+
+
+class Encoder(nn.Module):
+    """What the three share: a pretrained backbone, a linear layer where its width is not d, a linear classifier."""
+
+    def __init__(self, checkpoint: str, option: str, num_classes: int, width: int):
         super().__init__()
-        self.tokenizer = _load(transformers.AutoTokenizer.from_pretrained, checkpoint, "--text-model")
-        self.tokenizer.add_tokens(SPEAKER_TOKENS, special_tokens=True)
-        self.backbone = _load_backbone(transformers.RobertaModel, checkpoint, "--text-model", add_pooling_layer=False)
-        self.backbone.resize_token_embeddings(len(self.tokenizer))
+        self.backbone = load_backbone(checkpoint, option)
         hidden = self.backbone.config.hidden_size
         self.project = nn.Identity() if hidden == width else nn.Linear(hidden, width)
         self.classifier = nn.Linear(width, num_classes)
 
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.weight.device
+
+    def classify(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, hidden] -> features [B, d], logits [B, C]."""
+        features = self.project(hidden)
+        return features, self.classifier(features)
+
+
+class TextEncoder(Encoder):
+    """RoBERTa at the mask of a prompt (Eq. 3). Examples are lists of token ids, from `prompts`.
+
+    max_tokens: the longest prompt, if the checkpoint itself takes no shorter ones only.
+    """
+
+    def __init__(self, checkpoint: str, num_classes: int, width: int = 768, max_tokens: int = 512):
+        t = load(transformers.AutoTokenizer.from_pretrained, checkpoint, "--text-model")
+        if t.mask_token_id is None:
+            raise InputError(f"--text-model {checkpoint}: its tokenizer has no mask token, which Eq. 2 needs")
+        super().__init__(checkpoint, "--text-model", num_classes, width)
+        self.tokenizer = t
+        # lstrip: the space before a speaker's token belongs to the token
+        tokens = [transformers.AddedToken(s, lstrip=True, special=True) for s in SPEAKER_TOKENS]
+        t.add_tokens(tokens, special_tokens=True)
+        table = self.backbone.get_input_embeddings().num_embeddings
+        self.backbone.resize_token_embeddings(max(table, len(t)))
+        self.start = t.bos_token_id if t.bos_token_id is not None else t.cls_token_id
+        self.end = t.eos_token_id if t.eos_token_id is not None else t.sep_token_id
+        positions = getattr(self.backbone.config, "max_position_embeddings", max_tokens)
+        table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:
+            positions -= table.padding_idx + 1  # RoBERTa counts its positions from there
+        self.max_tokens = min(max_tokens, positions, t.model_max_length)
+
     def prompts(self, conversation: Conversation) -> list[list[int]]:
         """For each utterance k of a conversation the ids of <s> C_k </s> P_k </s> (Eq. 1, 2).
 
-        Over 512 tokens the oldest of C_k go first. P_k stays, but for the end of an utterance too long for it alone.
+        Over `max_tokens` the oldest of C_k go first. P_k stays, but for the end of an utterance too long for it alone.
         """
         t = self.tokenizer
 
         def ids(text: str) -> list[int]:
             return t(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        limit = min(MAX_TOKENS, self.backbone.config.max_position_embeddings - 2)
         order = list(dict.fromkeys(u.speaker for u in conversation.utterances))
         context, prompts = [], []
         for u in conversation.utterances:
             s = SPEAKER_TOKENS[min(order.index(u.speaker), len(SPEAKER_TOKENS) - 1)]
             words, head, tail = ids(f" {u.text}"), ids(f"For {s}:"), ids(f" Now {s} feels {t.mask_token}")
             context += ids(f" {s}:") + words  # C_k: the past and the present, never the future
-            room = limit - 3 - len(head) - len(tail)  # beside <s>, </s>, </s>
+            room = self.max_tokens - 3 - len(head) - len(tail)  # beside <s>, </s>, </s>
             prompt = head + words[:room] + tail  # P_k
             past = context[max(0, len(context) - (room - len(words))) :] if room > len(words) else []
-            prompts.append([t.bos_token_id, *past, t.eos_token_id, *prompt, t.eos_token_id])
+            prompts.append([self.start, *past, self.end, *prompt, self.end])
         return prompts
 
-    def collate(self, examples: list[list[int]]) -> dict[str, Tensor]:
-        """input_ids [B, T], padded on the right."""
-        rows = [torch.tensor(ids) for ids in examples]
+    def forward(self, examples: list[list[int]]) -> tuple[Tensor, Tensor]:
         pad = self.tokenizer.pad_token_id
-        return {"input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)}
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.backbone(input_ids, attention_mask=input_ids != self.tokenizer.pad_token_id).last_hidden_state
-        at_mask = (input_ids == self.tokenizer.mask_token_id).int()
-        # The last <mask> of a row: an utterance could hold one of its own.
-        place = input_ids.shape[1] - 1 - at_mask.flip(1).argmax(dim=1)
-        features = self.project(hidden[torch.arange(len(hidden), device=hidden.device), place])
-        return features, self.classifier(features)
+        rows = [torch.tensor(ids) for ids in examples]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)  # [B, T]
+        hidden = self.backbone(input_ids=ids, attention_mask=(ids != pad).long()).last_hidden_state
+        # The last mask of a row: an utterance could hold one of its own.
+        at = [max(i for i, x in enumerate(row) if x == self.tokenizer.mask_token_id) for row in examples]
+        return self.classify(hidden[torch.arange(len(at)), at])
 
 
-class AudioEncoder(nn.Module):
-    """Data2vec, mean over the valid frames (Eq. 4). Examples are float32 [T] at 16 kHz."""
+class AudioEncoder(Encoder):
+    """Data2vec or its relatives, mean over the frames (Eq. 4). Examples are float32 [T] at 16 kHz.
 
-    def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
-        super().__init__()
-        self.processor = _load(transformers.AutoFeatureExtractor.from_pretrained, checkpoint, "--audio-model")
-        if self.processor.sampling_rate != RATE:
-            raise InputError(
-                f"--audio-model {checkpoint}: wants {self.processor.sampling_rate} Hz, this project reads {RATE}"
-            )
-        self.backbone = _load_backbone(transformers.Data2VecAudioModel, checkpoint, "--audio-model")
-        # Its stacked convolutions for positions carry what becomes of the padding back into the sound: a clip's vector
-        # would depend on the longest clip of its batch.
-        for layer in self.backbone.encoder.pos_conv_embed.layers:
-            layer.register_forward_hook(self._silence_padding)
-        hidden = self.backbone.config.hidden_size
-        self.project = nn.Identity() if hidden == width else nn.Linear(hidden, width)
-        self.classifier = nn.Linear(width, num_classes)
-
-    def collate(self, examples: list[Tensor]) -> dict[str, Tensor]:
-        """sound [B, T], normalised as the checkpoint wants, zeros on the right; samples [B], the length of each."""
-        samples = torch.tensor([len(x) for x in examples])
-        batch = self.processor(
-            [x.numpy() for x in examples],
-            sampling_rate=RATE,
-            return_tensors="pt",
-            return_attention_mask=True,  # or it takes the padding for sound when it normalises
-            padding="max_length",
-            max_length=max(int(samples.max()), int(MIN_BATCH_SECONDS * RATE)),
-        )
-        return {"sound": batch["input_values"], "samples": samples}
-
-    def forward(self, sound: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        inside = torch.arange(sound.shape[1], device=sound.device) < samples[:, None]  # [B, T]
-        frames = self._frames(samples)
-        self.valid = torch.arange(self._frames(sound.shape[1]), device=sound.device) < frames[:, None]  # [B, frames]
-        hidden = self.backbone(sound, attention_mask=inside.long()).last_hidden_state  # [B, frames, hidden]
-        features = self.project((hidden * self.valid[..., None]).sum(1) / frames[:, None])
-        return features, self.classifier(features)
-
-    def _frames(self, samples: Tensor | int) -> Tensor | int:
-        """How many frames the convolutions make of so many samples, without any that reaches into padding."""
-        for kernel, stride in zip(self.backbone.config.conv_kernel, self.backbone.config.conv_stride):
-            samples = (samples - kernel) // stride + 1
-        return samples
-
-    def _silence_padding(self, layer: nn.Module, inputs: tuple, hidden: Tensor) -> Tensor:
-        return hidden * self.valid[:, None]  # [B, hidden, frames]
-
-
-class VideoEncoder(nn.Module):
-    """TimeSformer at its class token (Eq. 5). Examples are uint8 [8, 3, size, size], RGB."""
+    Each clip goes through the backbone by itself: in this family padding leaks into the sound, through group norms,
+    position convolutions or attention, and a clip's feature would depend on the longest clip of its batch.
+    """
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
-        super().__init__()
-        processor = _load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
-        self.backbone = _load_backbone(transformers.TimesformerModel, checkpoint, "--video-model")
-        if self.backbone.config.num_frames != FRAMES:
-            raise InputError(
-                f"--video-model {checkpoint}: wants {self.backbone.config.num_frames} frames, not {FRAMES}"
-            )
+        processor = load(transformers.AutoFeatureExtractor.from_pretrained, checkpoint, "--audio-model")
+        if getattr(processor, "sampling_rate", None) != RATE:
+            rate = getattr(processor, "sampling_rate", "no")
+            raise InputError(f"--audio-model {checkpoint}: wants {rate} Hz, this project reads {RATE}")
+        super().__init__(checkpoint, "--audio-model", num_classes, width)
+        self.processor = processor
+
+    def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
+        means = []
+        for x in examples:
+            x = self.processor(x.numpy(), sampling_rate=RATE, return_tensors="pt")["input_values"]  # [1, T]
+            x = nn.functional.pad(x, (0, max(0, SHORTEST - x.shape[1])))
+            means.append(self.backbone(x.to(self.device)).last_hidden_state.mean(dim=1))
+        return self.classify(torch.cat(means))
+
+
+class VideoEncoder(Encoder):
+    """TimeSformer at its class token, VideoMAE at the mean (Eq. 5). Examples are uint8 [frames, 3, size, size], RGB."""
+
+    def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
+        processor = load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
+        super().__init__(checkpoint, "--video-model", num_classes, width)
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
-        hidden = self.backbone.config.hidden_size
-        self.project = nn.Identity() if hidden == width else nn.Linear(hidden, width)
-        self.classifier = nn.Linear(width, num_classes)
 
-    def collate(self, examples: list[Tensor]) -> dict[str, Tensor]:
-        """frames [B, 8, 3, size, size], uint8 still: a quarter of the bytes on their way to the GPU."""
-        return {"frames": torch.stack(examples)}
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = (frames / 255 - self.mean) / self.std
-        features = self.project(self.backbone(pixels).last_hidden_state[:, 0])
-        return features, self.classifier(features)
+    def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
+        pixels = torch.stack(examples).to(self.device)  # uint8 still: a quarter of the bytes on their way to the GPU
+        hidden = self.backbone((pixels / 255 - self.mean) / self.std).last_hidden_state  # [B, patches, hidden]
+        has_class_token = hasattr(self.backbone.embeddings, "cls_token")
+        return self.classify(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
 
 
 ENCODERS = {"text": TextEncoder, "audio": AudioEncoder, "video": VideoEncoder}
 
 
-def video_size(checkpoint: str) -> int:
-    """Height and width, in pixels, of the frames that a TimeSformer checkpoint takes."""
-    return _load(transformers.AutoConfig.from_pretrained, checkpoint, "--video-model").image_size
+def video_shape(checkpoint: str) -> tuple[int, int]:
+    """How many frames a video checkpoint takes, and their height and width in pixels."""
+    config = load(transformers.AutoConfig.from_pretrained, checkpoint, "--video-model")
+    if not hasattr(config, "num_frames"):
+        raise InputError(f"--video-model {checkpoint}: not a video model, its configuration names no number of frames")
+    return config.num_frames, config.image_size
 
 
-def _load(load: Callable, checkpoint: str, option: str, **options):
+def load(load: Callable, checkpoint: str, option: str, **options):
     """`load(checkpoint)` with a message that says what to do when it is not there."""
     try:
         return load(checkpoint, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        what = str(e).strip().splitlines()[0][:200]
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
+        what = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         if Path(checkpoint).is_dir():
             where = "the folder is there, but not whole: it needs what model.save_pretrained and its processor's write"
         else:
@@ -186,64 +380,12 @@ def _load(load: Callable, checkpoint: str, option: str, **options):
         raise InputError(f"cannot load {checkpoint!r}: {where}. ({what})") from e
 
 
-def _load_backbone(cls: type, checkpoint: str, option: str, **options) -> nn.Module:
-    """A model with its checkpoint's weights, in float32 whatever they are kept in."""
-    model, info = _load(
-        cls.from_pretrained, checkpoint, option, dtype=torch.float32, output_loading_info=True, **options
-    )
+def load_backbone(checkpoint: str, option: str) -> nn.Module:
+    """A transformer with its checkpoint's weights, in float32 whatever they are kept in."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = load(transformers.AutoModel.from_pretrained, checkpoint, option, **options)
     if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # transformers would go on, with random weights
-        raise InputError(f"{option} {checkpoint}: these are not the weights of a {cls.__name__}")
+        raise InputError(f"{option} {checkpoint}: these are not the weights of a {type(model).__name__}")
+    if hasattr(model, "pooler"):
+        model.pooler = None  # not used here, and often not in the checkpoint
     return model
-
-
-def save_tiny(folder: Path, texts: list[str], seed: int = 0) -> dict[str, str]:
-    """Writes small random RoBERTa, Data2vec and TimeSformer checkpoints with their processors into `folder`.
-
-    texts: what the tokenizer is trained on. Returns modality -> path. The classes, files and loading are those of the
-    full models; only the sizes (64 wide, 2 layers, 48 x 48 pixels) and the missing pretraining differ.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    torch.manual_seed(seed)
-    paths = {m: str(Path(folder) / m) for m in ENCODERS}
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    extra = [" For", " Now", " feels"]  # of the prompt
-    bpe.train_from_iterator(
-        [*(f" {t}" for t in texts), *extra * 10],
-        trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(paths["text"])
-    config = transformers.RobertaConfig(
-        vocab_size=bpe.get_vocab_size(),
-        max_position_embeddings=66,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        **size,
-    )
-    transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(paths["text"])
-
-    config = transformers.Data2VecAudioConfig(
-        # Four wide steps instead of seven small ones, 320 samples a frame as there.
-        conv_dim=(32,) * 4,
-        conv_kernel=(20, 4, 2, 2),
-        conv_stride=(20, 4, 2, 2),
-        feat_extract_activation="relu",
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        layerdrop=0.0,
-        **size,
-    )
-    transformers.Data2VecAudioModel(config).save_pretrained(paths["audio"])
-    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(paths["audio"])
-
-    config = transformers.TimesformerConfig(image_size=48, patch_size=12, num_frames=FRAMES, **size)
-    transformers.TimesformerModel(config).save_pretrained(paths["video"])
-    transformers.VideoMAEImageProcessor(size={"shortest_edge": 48}).save_pretrained(paths["video"])
-    return paths

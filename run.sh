@@ -36,7 +36,7 @@ fi
 case "${1-}" in
   "") sed -n '2,8s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
   test) shift; cd "$here"; exec "$python" -m pytest -q tests bench --benchmark-disable "$@" ;;
-  predict) shift; exec "$python" "$here/predict.py" "$@" ;;
+  predict) shift; PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m extras.predict "$@" ;;
   bench) shift; cd "$here"; exec "$python" -m pytest bench --benchmark-only "$@" ;;
   *) exec "$python" "$here/magtkd.py" "$@" ;;
 esac

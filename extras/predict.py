@@ -14,6 +14,7 @@ Not here: training (magtkd.py), the encoders (encoders.py), the fusion (fusion.p
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -29,13 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from data import Conversation, InputError, Utterance
-from encoders import ENCODERS, video_size
-from features import read_features
+from data import Conversation, InputError, MediaError, Utterance, read_features
+from encoders import load_audio, load_frames, video_shape
+from extras.released import build
 from fusion import MAGT, TEXT, Past
-from media import MediaError, load_audio, load_frames
-from stage1 import Examples, encode
-from stage2 import load_fusion
+from magtkd import Config, Examples, encode, load_fusion, make_encoder
 
 FIELDS = ("speaker", "text", "audio", "video", "start", "end")  # the first two must be there
 ALONE = 0.5  # seconds by which a sound file of one utterance may differ from its length
@@ -48,8 +47,8 @@ class Model:
     encoders: dict[str, nn.Module]  # modality ->
     fusion: nn.Module
     label_names: list[str]
-    speakers: dict[str, int]  # those of train; others get -1
-    video_size: int  # pixels
+    speakers: dict[str, int]  # those of train, from 1; others get 0
+    video_shape: tuple[int, int]  # frames; pixels
 
 
 @dataclass(frozen=True)
@@ -68,26 +67,27 @@ def load_run(folder: Path, device: torch.device) -> Model:
         raise InputError(
             f"{folder} was trained on a feature file, so it has no encoders; give a run on a corpus, say runs/demo"
         )
-    fusion, kinds = load_fusion(folder / "fusion.safetensors")
+    fusion, kinds = load_fusion(folder / "fusion.safetensors", build)
     need_files(folder, ["features.safetensors", *(f"{kind}.safetensors" for kind in kinds)])
-    features = read_features(folder / "features.safetensors")
-    tiny = folder / "tiny"
-    models = {m: str(tiny / m) if tiny.exists() else config[f"{m}_model"] for m in ENCODERS}
+    file = read_features(folder / "features.safetensors")
+    if (folder / "tiny").exists():
+        config |= {f"{m}_model": str(folder / "tiny" / m) for m in ("text", "audio", "video")}
+    known = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: x for name, x in config.items() if name in known})
     encoders = {}
     for kind in kinds:
-        modality = kind.removesuffix("_kd")
-        encoder = ENCODERS[modality](models[modality], len(features.label_names), config["width"])
+        encoder = make_encoder(kind, config, len(file.label_names))
         try:
             load_model(encoder, folder / f"{kind}.safetensors")
         except (SafetensorError, RuntimeError) as e:
             raise InputError(
                 f"{folder / f'{kind}.safetensors'}: not the weights of this run's encoder ({type(e).__name__})"
             ) from e
-        encoders[modality] = encoder.to(device)
-    seen = features.speaker[features.split == 0].unique().tolist()
-    speakers = {features.speaker_names[i]: i for i in seen}
-    size = video_size(models["video"]) if "video" in encoders else 0
-    return Model(encoders, fusion.to(device), features.label_names, speakers, size)
+        encoders[kind.removesuffix("_kd")] = encoder.to(device)
+    seen = file.speaker[file.split == 0].unique().tolist()
+    speakers = {file.speaker_names[i]: i + 1 for i in seen}
+    shape = video_shape(config.video_model) if "video" in encoders else (0, 0)
+    return Model(encoders, fusion.to(device), file.label_names, speakers, shape)
 
 
 def need_files(folder: Path, names: list[str]) -> None:
@@ -156,7 +156,7 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
     if model.speakers.keys() <= {"first", "second"}:
         order = dict(zip(dict.fromkeys(names), ("first", "second")))
         names = [order.get(name, "") for name in names]
-    return torch.tensor([model.speakers.get(name, -1) for name in names])
+    return torch.tensor([model.speakers.get(name, 0) for name in names])
 
 
 def sound_window(u: Utterance) -> tuple[float, float | None]:
@@ -173,22 +173,22 @@ def sound_window(u: Utterance) -> tuple[float, float | None]:
     return start, u.end
 
 
-def decode(utterance: Utterance, modality: str, size: int) -> Tensor | MediaError:
+def decode(utterance: Utterance, modality: str, shape: tuple[int, int]) -> Tensor | MediaError:
     """Its sound or its frames, or why there are none."""
     try:
         if getattr(utterance, modality) is None:
             raise MediaError("none given")
         if modality == "audio":
             return load_audio(utterance.audio, *sound_window(utterance))
-        return load_frames(utterance.video, utterance.start, utterance.end, size)
+        return load_frames(utterance.video, utterance.start, utterance.end, *shape)
     except MediaError as e:
         return e
 
 
-def vectors(
+def encode_utterances(
     model: Model, conversation: Conversation, first: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[str]]]:
-    """What stage 1 says of the utterances from number `first` on.
+    """The features of the utterances from number `first` on.
 
     Returns features {modality: [U, d]}, zero where missing; present {modality: [U]}; per utterance what is missing.
     """
@@ -200,16 +200,14 @@ def vectors(
             examples = encoder.prompts(conversation)[first:]
         else:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                examples = list(pool.map(lambda u, m=m: decode(u, m, model.video_size), utterances))
+                examples = list(pool.map(lambda u, m=m: decode(u, m, model.video_shape), utterances))
             for x, notes in zip(examples, missing):
                 if isinstance(x, MediaError):
                     notes.append(f"{m} ({x})")
         having = {u.id: x for u, x in zip(utterances, examples) if not isinstance(x, MediaError)}
-        length = {i: len(x) for i, x in having.items()}
-        said = encode(
-            encoder, Examples(having.get, lambda i, length=length: length.get(i, 0)), [u.id for u in utterances]
-        )
-        features[m], present[m] = said.features.nan_to_num(), ~said.features.isnan().any(dim=1)
+        examples = Examples(having.get, {i: len(x) for i, x in having.items()})
+        answers = encode(encoder, examples, [u.id for u in utterances])
+        features[m], present[m] = answers.features.nan_to_num(), ~answers.features.isnan().any(dim=1)
     return features, present, missing
 
 
@@ -217,11 +215,10 @@ def vectors(
 def predict(model: Model, conversation: Conversation) -> list[Answer]:
     """An answer per utterance of a whole conversation."""
     device = next(model.fusion.parameters()).device
-    features, present, missing = vectors(model, conversation)
-    features, present = ({m: x[None].to(device) for m, x in part.items()} for part in (features, present))
-    speakers = speaker_indices(model, conversation)[None].to(device)
-    mask = torch.ones_like(speakers, dtype=torch.bool)
-    probabilities = model.fusion(features, speakers, mask, present).logits[TEXT][0].softmax(dim=-1).tolist()
+    features, present, missing = encode_utterances(model, conversation)
+    features, present = ({m: x.to(device) for m, x in part.items()} for part in (features, present))
+    speakers = speaker_indices(model, conversation).to(device)
+    probabilities = model.fusion(features, speakers, [len(speakers)], present).logits[TEXT].softmax(dim=-1).tolist()
     return [Answer(*parts) for parts in zip(conversation.utterances, probabilities, missing)]
 
 
@@ -241,7 +238,7 @@ class Stream:
         self.said = (*self.said, utterance)
         conversation, last = Conversation("stream", self.said), len(self.said) - 1
         device = next(self.model.fusion.parameters()).device
-        features, present, missing = vectors(self.model, conversation, last)
+        features, present, missing = encode_utterances(self.model, conversation, last)
         features, present = ({m: x.to(device) for m, x in part.items()} for part in (features, present))
         speaker = speaker_indices(self.model, conversation)[-1:].to(device)
         logits = self.model.fusion.step(self.past, features, speaker, present).logits[TEXT]

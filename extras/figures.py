@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from sklearn.manifold import TSNE
 
-from features import Features
+from data import FeatureFile
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -18,10 +18,10 @@ MARKERS = "os^Dv*PX"  # one per class, filled and hollow in turn
 FEWEST, MOST = 10, 2000  # points of a t-SNE
 
 
-def tsne_figure(path: Path, features: Features) -> bool:
-    """Figure 4: a panel per kind of vectors, the utterances of test by class. False: too few utterances to draw."""
-    test = features.split == 2
-    shown = {kind: test & present for kind, present in features.present.items() if (test & present).sum() >= FEWEST}
+def tsne_figure(path: Path, file: FeatureFile) -> bool:
+    """Figure 4: a panel per kind of features, the utterances of test by class. False: too few utterances to draw."""
+    test = file.split == 2
+    shown = {kind: test & present for kind, present in file.present.items() if (test & present).sum() >= FEWEST}
     if not shown:
         return False
     columns = min(3, len(shown))
@@ -30,14 +30,14 @@ def tsne_figure(path: Path, features: Features) -> bool:
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, (kind, at) in zip(axes.flat, shown.items()):
-        x, label = features.vectors[kind][at].numpy(), features.label[at].numpy()
+        x, label = file.features[kind][at].numpy(), file.label[at].numpy()
         if len(x) > MOST:
             some = np.random.default_rng(0).choice(len(x), MOST, replace=False)
             x, label = x[some], label[some]
-        place = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0).fit_transform(x)
-        for c, name in enumerate(features.label_names):
+        points = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0).fit_transform(x)
+        for c, name in enumerate(file.label_names):
             style = {"facecolors": "black" if c % 2 else "white", "edgecolors": "black", "linewidths": 0.6}
-            ax.scatter(*place[label == c].T, s=22, marker=MARKERS[c % len(MARKERS)], label=name, **style)
+            ax.scatter(*points[label == c].T, s=22, marker=MARKERS[c % len(MARKERS)], label=name, **style)
         ax.set_title(f"{kind}, {len(x)} utterances", fontsize=10)
         ax.set_xticks([])
         ax.set_yticks([])

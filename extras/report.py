@@ -13,12 +13,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from checkpoint import replace  # noqa: E402
+from data import replace_file  # noqa: E402
+from magtkd import main_row, scores  # noqa: E402
 
 # Table 3 of the paper: accuracy and weighted F1, in percent.
 PAPER = {
@@ -56,15 +57,6 @@ PAPER = {
 SCORES = ("accuracy", "weighted_f1", "macro_f1")
 
 
-def scores(labels: list[int], predictions: list[int]) -> dict[str, float]:
-    """Accuracy, weighted and macro F1, in percent. A class that neither occurs nor is predicted counts nowhere."""
-    return {
-        "accuracy": 100 * accuracy_score(labels, predictions),
-        "weighted_f1": 100 * f1_score(labels, predictions, average="weighted", zero_division=0),
-        "macro_f1": 100 * f1_score(labels, predictions, average="macro", zero_division=0),
-    }
-
-
 def mean_std(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation over seeds (of a sample, n - 1; 0 for a single seed)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -76,6 +68,12 @@ def machine(device: torch.device) -> str:
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu or platform.machine()}"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return f"{chip}{threads}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def was_ablation(out: Path) -> bool:
+    """Whether the report in `out` holds an ablation."""
+    path = out / "metrics.json"
+    return path.exists() and bool(json.loads(path.read_text()).get("comparisons"))
 
 
 def _lines(path: str) -> list[str]:
@@ -104,7 +102,7 @@ def write_report(out: Path, result: dict) -> str:
         name: {"precision": 100 * p, "recall": 100 * r, "f1": 100 * f, "support": int(n) // len(runs)}
         for name, p, r, f, n in zip(names, *map(np.ndarray.tolist, parts))
     }
-    replace(out / "metrics.json", lambda part: part.write_text(json.dumps(metrics, indent=2)))
+    replace_file(out / "metrics.json", lambda part: part.write_text(json.dumps(metrics, indent=2)))
 
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
@@ -135,13 +133,8 @@ def write_report(out: Path, result: dict) -> str:
             f"\n{len(result['problems'])} sounds or pictures could not be used (zero vector, not read by others):\n\n"
         )
         text += "".join(f"- {line}\n" for line in result["problems"])
-    replace(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
+    replace_file(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
     return table
-
-
-def main_row(rows: list[str]) -> str:
-    """The row that is shown in detail and whose model is kept: the paper's best, or else the last."""
-    return "MAGT T+A_KD+V" if "MAGT T+A_KD+V" in rows else rows[-1]
 
 
 def _summary(runs: list[dict]) -> dict:
@@ -193,7 +186,7 @@ def _confusion_figure(path: Path, counts: np.ndarray, names: list[str], caption:
 
 def _loss_figure(path: Path, histories: list[list[dict]], caption: str) -> None:
     """Figure 6: L_total, L_KD^a and L_KD^v over the epochs, mean over seeds."""
-    titles = {"total": "$L_{total}$ (Eq. 25)", "kd_audio": "$L_{KD}^a$ (Eq. 24)", "kd_video": "$L_{KD}^v$ (Eq. 24)"}
+    titles = {"loss": "$L_{total}$ (Eq. 25)", "kd_audio": "$L_{KD}^a$ (Eq. 24)", "kd_video": "$L_{KD}^v$ (Eq. 24)"}
     shown = [k for k in titles if any(epoch["train"].get(k) for epoch in histories[0])]
     fig, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.2), squeeze=False)
     for ax, key in zip(axes[0], shown):

@@ -7,7 +7,7 @@ entry per utterance; `vids`, the ids of the conversations, and `dia2utt`, which 
 A pickle is a program: to load it is to run it. Here, only the parts of the language that make dicts, lists, tuples,
 strings, numbers and NumPy arrays of numbers work; NumPy's own functions have stand-ins that build nothing else.
 
-Not here: the feature file (features.py), into whose shape this is brought.
+Not here: the feature file (data.py), into whose shape this is brought.
 """
 
 import math
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import SPLITS, InputError
-from features import KINDS, Features
+from data import KINDS, SPLITS, FeatureFile, InputError
 
 PLAIN = re.compile(r"[<>=|]?[fiubUS?]\d*")  # numpy's codes for numbers and strings, and for nothing that holds objects
 ERRORS = (
@@ -125,14 +124,14 @@ def load_pickle(path: Path) -> Any:
         raise InputError(f"{path}: not a whole pickle of plain values ({type(e).__name__})") from e
 
 
-def read_pickles(folder: Path) -> Features:
+def read_pickles(folder: Path) -> FeatureFile:
     """The authors' features. Labels and speakers are named by their numbers, if that is what the pickles hold.
 
     Errors: InputError that names the file, the field, the conversation and the utterance at fault.
     """
     paths = {split: Path(folder) / f"first_stage_{split}_features.pkl" for split in SPLITS}
-    if lacking := [p.name for p in paths.values() if not p.is_file()]:
-        raise InputError(f"{folder}: {', '.join(lacking)} missing; --features wants the authors' three, or one file")
+    if missing := [p.name for p in paths.values() if not p.is_file()]:
+        raise InputError(f"{folder}: {', '.join(missing)} missing; --features wants the authors' three, or one file")
     contents = {split: load_pickle(path) for split, path in paths.items()}
     for split, content in contents.items():
         _check_fields(paths[split], content)
@@ -140,13 +139,13 @@ def read_pickles(folder: Path) -> Features:
     if odd := [k for k in KINDS if k not in kinds and any(k in content for content in contents.values())]:
         raise InputError(f"{folder}: field {odd[0]!r} is in some of the three files only")
 
-    vectors: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    features: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     label, speaker, conversation, split_of, names, utterances = [], [], [], [], [], []
     for s, (split, content) in enumerate(contents.items()):
         for vid in content.get("vids", content["text"]):
             rows = _conversation(paths[split], content, kinds, vid)
             for kind in kinds:
-                vectors[kind] += rows[kind]
+                features[kind] += rows[kind]
             U = len(rows["text"])
             label += rows["labels"]
             speaker += rows["speakers"]
@@ -158,7 +157,7 @@ def read_pickles(folder: Path) -> Features:
     label_names, label_index = _number(label, "class")
     speaker_names, speaker_index = _number(speaker, "speaker")
     present = {}
-    for kind, rows in vectors.items():
+    for kind, rows in features.items():
         widths = {len(x) for x in rows}
         if len(widths) > 1:
             i = next(i for i, x in enumerate(rows) if len(x) != len(rows[0]))
@@ -169,10 +168,10 @@ def read_pickles(folder: Path) -> Features:
         present[kind] = ~x.isnan().all(dim=1)
         if (broken := ~x.isfinite().all(dim=1) & present[kind]).any():
             raise InputError(f"{folder}: field {kind!r}: NaN or infinity in {utterances[int(broken.nonzero()[0])]}")
-        vectors[kind] = x.nan_to_num()
+        features[kind] = x.nan_to_num()
     rows = {"label": label_index, "speaker": speaker_index, "conversation": conversation, "split": split_of}
-    return Features(
-        vectors,
+    return FeatureFile(
+        features,
         present,
         **{name: torch.tensor(x) for name, x in rows.items()},
         label_names=label_names,

@@ -1,7 +1,7 @@
 """A small made-up corpus, written to disk from a seed in the layout of IEMOCAP or of MELD.
 
-    python demo.py iemocap DIR                # WAV, AVI, transcripts, label files: as IEMOCAP_full_release has them
-    python demo.py meld DIR --seed 1 --flaws  # csv and MP4: as MELD.Raw has them, with the faults that users meet
+    python -m extras.demo iemocap DIR                # WAV, AVI, transcripts, labels: as IEMOCAP_full_release has them
+    python -m extras.demo meld DIR --seed 1 --flaws  # csv and MP4: as MELD.Raw has them, with the faults users meet
 
 Whoever speaks tends to keep the emotion of his own last turn and to catch that of the turn before, so context helps.
 Words mostly give the emotion away; the voice (a tone in syllables) does so less, the drawn face least. Given the

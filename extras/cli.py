@@ -1,0 +1,226 @@
+"""The command line: options, a run from a corpus or a feature file to a report, and what to say when it cannot be.
+
+Not here: the method itself (magtkd.py).
+"""
+
+import argparse
+import dataclasses
+import errno
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from data import KINDS, MODALITIES, SPLITS, Corpus, InputError, read_features, read_iemocap, read_meld
+from extras import experiments, report, runs
+from extras.pickles import read_pickles
+from extras.released import RELEASED
+from extras.tiny import read_demo, tiny_models
+from fusion import TEXT
+from magtkd import CONFIGS, PAPER, PRECISIONS, Config, feature_sets, run_both, run_stage2
+
+READERS = {"iemocap": read_iemocap, "meld": read_meld}
+ROOTS = {"iemocap": "data/IEMOCAP_full_release", "meld": "data/MELD.Raw"}
+TITLES = {"iemocap": "IEMOCAP", "meld": "MELD", "demo": "a made-up corpus (demo)"}
+FREE = ("gradient_checkpointing", "log_steps")  # fields of Config that change no result: another start may change them
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def run(args: argparse.Namespace) -> None:
+    """From a corpus or a feature file to a report in args.out."""
+    config, device = make_config(args), torch.device(args.device)
+    begun = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    begun |= {"corpus": args.corpus, "seed": args.seed}
+    file = corpus = None
+    if args.features:
+        files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]
+        begun["features"] = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
+        file = read_pickles(args.features) if args.features.is_dir() else read_features(args.features)
+    elif args.corpus != "demo":
+        begun["root"] = str(args.root.resolve())
+        corpus = read_corpus(args, config)
+    lock = runs.open_run(args.out, begun, args.fresh)
+    if not args.ablation and report.was_ablation(args.out):
+        print(f"{args.out} holds an ablation: it stays in the report, with all its rows (--fresh begins anew)")
+        args.ablation = True
+
+    method = RELEASED[args.corpus].method() if config.preset == "released" else PAPER
+    methods = experiments.with_context(method) if args.ablation else method
+    seeds = range(args.seed, args.seed + args.seeds)
+    if file is None:
+        corpus = corpus or read_demo(args.out)
+        print("\n".join([f"{corpus.name} at {args.root or args.out / 'corpus'}:", *(f"  {n}" for n in corpus.notes)]))
+        if args.encoders == "tiny":
+            config = dataclasses.replace(config, **tiny_models(corpus, args.out))
+        names = [k for k in KINDS if k.removesuffix("_kd") in config.modalities]
+        if not args.ablation:  # the paper's best: T + A_KD + V
+            names = [k for k in names if k in ("text", "audio_kd", "video")]
+        both = (config, names, corpus, args.out, seeds, device, args.workers, args.ablation, methods)
+        file, rows, problems = run_both(*both)
+        notes, title = list(corpus.notes), TITLES[args.corpus]
+    else:
+        kinds = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
+        rows = run_stage2(config, file, feature_sets(kinds, args.ablation), seeds, args.out, device, methods)
+        problems, notes = [], [f"features of {len(file.label)} utterances from {args.features.name}"]
+        title = args.features.name
+
+    result = {"title": f"MAGTKD on {title}", "made_up": args.corpus == "demo" and not args.features}
+    result |= {"corpus": corpus.name if corpus else "", "machine": report.machine(device)}
+    result |= {"notes": notes, "problems": problems, "label_names": file.label_names, "rows": rows}
+    if args.ablation:
+        result |= experiments.ablation(file, rows, args.out)
+    table = report.write_report(args.out, result)
+    print(f"\n{result['title']}; test, {args.seeds} seeds of stage 2\n\n{table}\n")
+    print(f"The whole report: {args.out / 'report.md'}")
+
+    kinds = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
+    about = (feature_sets(kinds, False)[0], seeds, args.out, device, result["made_up"])
+    study = experiments.Study(config, method, file, *about)
+    if args.sweep is not None:
+        print(f"\n{experiments.sweep(study, args.sweep or experiments.GRID)}\n\nMore: {args.out / 'sweep.md'}")
+    if args.compare_presets:
+        print(f"\n{experiments.compare_presets(study, args.corpus)}\n\nMore: {args.out / 'presets.md'}")
+    lock.close()
+
+
+def make_config(args: argparse.Namespace) -> Config:
+    """A corpus' configuration with what the command line changes."""
+    names = [field.name for field in dataclasses.fields(Config) if field.name != "stage1_epochs"]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name, None) not in (None, False)}
+    if args.encoders == "tiny" and args.corpus != "demo":
+        tiny = CONFIGS["demo"]
+        small = {k: getattr(tiny, k) for k in ("width", "stage1_lr", "stage1_batch", "stage1_epochs", "stage2_lr")}
+        changes = small | changes
+    if args.stage1_epochs is not None:
+        changes["stage1_epochs"] = dict.fromkeys(MODALITIES, args.stage1_epochs)
+    return dataclasses.replace(CONFIGS[args.corpus], **changes)
+
+
+def read_corpus(args: argparse.Namespace, config: Config) -> Corpus:
+    corpus = READERS[args.corpus](args.root)
+    for split in SPLITS:
+        for what in config.modalities:
+            if what != TEXT and not any(getattr(u, what) for u in corpus.utterances(split)):
+                notes = "\n".join(f"  {note}" for note in corpus.notes)
+                raise InputError(
+                    f"{corpus.name} at {args.root}: no {what} file for any utterance of {split}. Unpack the whole "
+                    "corpus, train on what there is with --modalities (say --modalities text), or run stage 2 on "
+                    f"features of your own with --features. What was found:\n{notes}"
+                )
+    return corpus
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; --features wants a feature file, the README says what it holds") from e
+
+
+def modalities(text: str) -> tuple[str, ...]:
+    wanted = tuple(m for m in MODALITIES if m in text.split(","))
+    if not set(text.split(",")) <= set(MODALITIES) or TEXT not in wanted:
+        raise argparse.ArgumentTypeError(f"wants text, or text with audio or video or both, not {text!r}")
+    return wanted
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="magtkd.py",
+        description="Emotion recognition in conversation: both stages of MAGTKD, from raw files to a results table.",
+        epilog="A run leaves its files in --out. The same command continues where it was interrupted, and takes "
+        "seconds if nothing is left to do.",
+    )
+    add, c = parser.add_argument, Config()
+    add("corpus", choices=list(CONFIGS), help="demo: a small made-up corpus, written on the spot")
+    add("--root", type=Path, help=f"the corpus' folder (default: {' or '.join(ROOTS.values())})")
+    add("--out", type=Path, help="the run's folder (default: runs/<corpus>, or runs/<features' name>)")
+    text = "stage 2 alone, on this feature file (format: README), or on a folder with the authors' three pickles"
+    add("--features", type=Path, help=text)
+    add("--modalities", type=modalities, metavar="M,M", help="text, or text,audio or text,video (default: all three)")
+    add("--seeds", type=int, default=3, help="how often stage 2 is repeated (default: 3)")
+    add("--seed", type=int, default=0, help="the first seed (default: 0)")
+    text = "all thirteen rows of Table 3 (five encoders, four sets), and Context; later starts keep them"
+    add("--ablation", action="store_true", help=text)
+    text = "MAGT over a grid of alpha and beta (default: 0 0.3 0.7 1)"
+    add("--sweep", type=float, nargs="*", metavar="X", help=text)
+    add("--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth")
+    text = "released: stage 2 as the authors' code does it"
+    add("--preset", choices=["paper", "released"], help=text)
+    add("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
+    add("--beta", type=float, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
+    add("--causal", action="store_true", help="stage 2 reads the past alone, as `predict --stream` must")
+    add("--class-weights", action="store_true", help="cross entropy weighted by inverse class frequency")
+    add("--stage1-epochs", type=int, help="of every encoder (default: Table 1's 10)")
+    add("--stage2-epochs", type=int, help="(default: Table 1's 30)")
+    add("--stage1-lr", type=float, help="highest learning rate of the encoders (default: Table 1's 1e-5)")
+    add("--stage1-batch", type=int, help="utterances per step of the encoders (default: Table 1's 4)")
+    add("--stage2-lr", type=float, help="highest learning rate of the fusion (default: 1e-4; Table 1, IEMOCAP: 1e-5)")
+    text = "of the models: auto is bfloat16 (else float16) on CUDA, float32 on a CPU"
+    add("--precision", choices=list(PRECISIONS), help=text)
+    add("--encoders", choices=["full", "tiny"], help="tiny: small, random weights (default for demo)")
+    kinds = {"text": "an encoder with a mask token", "audio": "a Data2vec or relative", "video": "a TimeSformer"}
+    for m, what in kinds.items():
+        add(f"--{m}-model", help=f"hub name or local folder of {what} (default: {getattr(c, f'{m}_model')})")
+    add("--max-tokens", type=int, help="longest prompt, the oldest context is cut (default: 512)")
+    add("--width", type=int, help="of the features and of the fusion (default: Table 1's 768)")
+    add("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, more slowly")
+    add("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=here, help="cpu, cuda or cuda:N (default: cuda if there)")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that decode sound and pictures")
+    add("--fresh", action="store_true", help="delete what --out holds and start anew")
+    args = parser.parse_args(argv)
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no CUDA here; use --device cpu")
+    if args.seeds < 1 or args.workers < 1:
+        parser.error("--seeds and --workers must be 1 or more")
+    if any(not 0 <= x < float("inf") for x in args.sweep or ()):
+        parser.error("--sweep wants weights of 0 or more")
+    if args.corpus == "demo" and args.root:
+        parser.error("demo writes its own corpus; --root belongs to iemocap and meld")
+    args.root = args.root or (Path(ROOTS[args.corpus]) if args.corpus in ROOTS else None)
+    args.encoders = args.encoders or ("tiny" if args.corpus == "demo" else "full")
+    args.out = args.out or Path("runs") / (args.features.stem if args.features else args.corpus)
+    return args
+
+
+def warn_of_slow_precision(args: argparse.Namespace) -> None:
+    """Says so if a CPU must imitate the half precision that was asked for."""
+    with open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as f:
+        flags = f.read()
+    fast = args.precision == "bfloat16" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+    if args.device == "cpu" and args.precision in ("bfloat16", "float16") and not fast:
+        print(
+            f"--precision {args.precision}: this processor has no instructions for it (AMX or AVX512-BF16 for "
+            "bfloat16), so it may be many times slower than float32",
+            file=sys.stderr,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns 0, 2 for the user's error (a line on stderr says which), 130 for Ctrl-C."""
+    args = parse(argv)
+    try:
+        warn_of_slow_precision(args)
+        run(args)
+        return 0
+    except InputError as e:
+        message = str(e)
+    except torch.OutOfMemoryError as e:
+        message = f"the GPU's memory is full ({str(e).splitlines()[0]}); try --gradient-checkpointing, or --device cpu"
+    except SafetensorError as e:
+        message = f"{args.out}: could not be written or read ({e}); is the disk full? What is whole stays"
+    except OSError as e:
+        if e.errno not in DISK:
+            raise
+        message = f"{e.filename or args.out}: {e.strerror}; free some space or give another folder with --out"
+    except KeyboardInterrupt:
+        print(f"\nstopped. The same command continues with what is whole in {args.out}", file=sys.stderr)
+        return 130
+    print(f"magtkd: {message}", file=sys.stderr)
+    return 2
