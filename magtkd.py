@@ -36,7 +36,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import losses
-
 from data import MODALITIES, SPLITS, Batch, Conversations, Corpus, Encoded, FeatureFile, InputError  # isort: skip
 from data import load_state, read_encoded, replace_file, save_state, to_feature_file, write_encoded, write_features  # isort: skip
 from encoders import ENCODERS, Encoder, MediaStore, video_shape
@@ -195,17 +194,17 @@ def make_batches(lengths: dict[str, int], size: int) -> list[list[str]]:
     Sorted by the length times a random factor between 0.9 and 1.1, cut into batches, and the batches shuffled: little
     padding, and no two epochs with the same batches.
     """
-    names = [list(lengths)[i] for i in torch.randperm(len(lengths)).tolist()]
-    factor = torch.empty(len(names)).uniform_(0.9, 1.1).tolist()
+    names = list(lengths)
+    names = [names[i] for i in torch.randperm(len(names)).tolist()]
+    factors = dict(zip(names, torch.empty(len(names)).uniform_(0.9, 1.1).tolist()))
     if len(set(lengths.values())) > 1:
-        names = [name for _, name in sorted(zip((lengths[n] * f for n, f in zip(names, factor)), names))]
+        names.sort(key=lambda name: lengths[name] * factors[name])
     batches = [names[i : i + size] for i in range(0, len(names), size)]
     return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
 
 def check_finite(step_losses: list[Tensor], batches: list[list[str]]) -> None:
-    """Stops a run whose loss is no longer a number, with the names of what it was given. Once an epoch, so that no
-    step waits for a GPU."""
+    """Stops a run whose loss is no longer a number. Called once an epoch, so that no step waits for a GPU."""
     bad = (~torch.stack(step_losses).isfinite()).nonzero()
     if len(bad):
         raise InputError(
@@ -454,10 +453,8 @@ def train_fusion(
         return {"dev_f1": dev["scores"]["weighted_f1"], **both, "test_scores": test["scores"]}
 
     lengths = dict.fromkeys(data.splits["train"], 1)  # rows are not padded, so batches are at random
-    recipe = Recipe(
-        config.stage2_lr, config.stage2_batch, config.stage2_epochs, method.warmup, config.clip, config.precision,
-        config.log_steps,
-    )  # fmt: skip
+    how = (config.clip, config.precision, config.log_steps)
+    recipe = Recipe(config.stage2_lr, config.stage2_batch, config.stage2_epochs, method.warmup, *how)
     history = train(model, lengths, loss_terms, evaluate, recipe, path, seed)
 
     best = max(range(len(history)), key=lambda epoch: history[epoch]["dev_f1"])
