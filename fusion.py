@@ -221,6 +221,8 @@ class MAGT(nn.Module):
             raise ValueError("a past needs a model with causal=True: this one was trained to read the future")
         parts = read_inputs(self.input, self.config, features, speakers, lengths, present)
         starts = past.lengths if past is not None and past.lengths else [0] * len(lengths)
+        if len(starts) != len(lengths):
+            raise ValueError(f"the past is of {len(starts)} conversations, lengths is of {len(lengths)}")
         tags = positions_and_speakers(self.speaker, speakers, lengths, starts)  # Eq. 15-17
         return {m: x + tags for m, x in parts.items()}, tags
 

@@ -8,13 +8,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import demo  # noqa: E402
-from encoders import save_tiny  # noqa: E402
+from extras import demo  # noqa: E402
+from extras.tiny import save_tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def iemocap(tmp_path_factory):
-    """A small corpus in IEMOCAP's layout, with every oddity that demo.py can plant."""
+    """A small corpus in IEMOCAP's layout, with every oddity that extras/demo.py can plant."""
     root = tmp_path_factory.mktemp("corpora") / "iemocap"
     demo.write_iemocap(root, seed=1, conversations=3, utterances=(8, 10), flaws=True)
     return root
@@ -22,7 +22,7 @@ def iemocap(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def meld(tmp_path_factory):
-    """A small corpus in MELD's layout, with every oddity that demo.py can plant."""
+    """A small corpus in MELD's layout, with every oddity that extras/demo.py can plant."""
     root = tmp_path_factory.mktemp("corpora") / "meld"
     demo.write_meld(root, seed=1, conversations=(6, 2, 3), utterances=(4, 6), flaws=True)
     return root

@@ -1,4 +1,4 @@
-"""MAGT and Concat: what must hold whatever the weights are, and the equations written out once more by hand."""
+"""The fusion models: what must hold whatever the weights are, and the equations written out once more by hand."""
 
 import math
 
@@ -6,23 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusion import (
-    MAGT,
-    RELEASED,
-    TEXT,
-    Anchor,
-    Block,
-    Concat,
-    Context,
-    Dropout,
-    FusionConfig,
-    Packing,
-    Past,
-    sinusoidal_positions,
-)
+from extras.context import Context
+from extras.released import RELEASED, Differences, ReleasedAnchor, ReleasedConfig
+from fusion import MAGT, TEXT, Anchor, Block, Concat, Dropout, FusionConfig, Past, sinusoidal_positions
 
 WIDTHS = {"text": 32, "audio": 20, "video": 32}
 SETS = [("text",), ("text", "audio"), ("video", "text"), ("text", "audio", "video")]
+
+
+def released(config):
+    """The authors' MAGT, as `--preset released` makes it."""
+    return RELEASED["iemocap"].method().models["MAGT"](config)
+
+
+OF_THE_AUTHORS = {"input_norm": RELEASED["iemocap"].input_norm}
+MAGTS = [(MAGT, {}), (released, OF_THE_AUTHORS)]
+MODELS = [*MAGTS, (Concat, {}), (Concat, OF_THE_AUTHORS), (Context, {}), (Context, OF_THE_AUTHORS)]
+CAUSAL = [(model, changes | {"causal": True}) for model, changes in MODELS if model is not Concat]
 
 
 def make(model=MAGT, modalities=tuple(WIDTHS), seed=0, **changes):
@@ -32,82 +32,114 @@ def make(model=MAGT, modalities=tuple(WIDTHS), seed=0, **changes):
 
 
 def batch(lengths, modalities=tuple(WIDTHS), seed=1):
+    """features {m: [N, d_m]}, speakers [N], lengths."""
     generator = torch.Generator().manual_seed(seed)
-    B, U = len(lengths), max(lengths)
-    features = {m: torch.randn(B, U, WIDTHS[m], generator=generator) for m in modalities}
-    speakers = torch.randint(0, 3, (B, U), generator=generator)
-    return features, speakers, torch.arange(U) < torch.tensor(lengths)[:, None]
+    features = {m: torch.randn(sum(lengths), WIDTHS[m], generator=generator) for m in modalities}
+    return features, torch.randint(1, 4, (sum(lengths),), generator=generator), lengths
 
 
-def rows(inputs, i, length):
-    features, speakers, mask = inputs
-    return (
-        {m: x[i : i + 1, :length] for m, x in features.items()},
-        speakers[i : i + 1, :length],
-        mask[i : i + 1, :length],
-    )
+def here_and_there(lengths, modalities=("audio", "video"), seed=2):
+    """present {m: [N]}: no sound in conversation 0, no picture at any beginning, and one in three missing besides."""
+    generator = torch.Generator().manual_seed(seed)
+    present = {m: torch.rand(sum(lengths), generator=generator) > 0.3 for m in ("audio", "video")}
+    present["audio"][: lengths[0]] = False
+    present["video"][[sum(lengths[:b]) for b in range(len(lengths))]] = False
+    return {m: x for m, x in present.items() if m in modalities}
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED, {"causal": True}])
+def pick(rows, features, speakers, present):
+    """Some rows of a model's inputs."""
+    return {m: x[rows] for m, x in features.items()}, speakers[rows], {m: x[rows] for m, x in present.items()}
+
+
+def rows_of(lengths):
+    """The rows of each conversation."""
+    return list(torch.arange(sum(lengths)).split(lengths))
+
+
+# Whatever the weights are.
+
+
+@pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("modalities", SETS)
-@pytest.mark.parametrize("model", [MAGT, Concat, Context])
-def test_padding_and_batching_change_nothing(model, modalities, changes):
+@pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
+def test_batching_changes_nothing(model, changes, modalities, missing):
     lengths = [7, 1, 4, 12]
-    net, inputs = make(model, modalities, **changes), batch(lengths, modalities)
-    together = net(*inputs)
-    inputs[0]["text"][~inputs[2]] = 1e3  # whatever stands in the padding
-    inputs[1][~inputs[2]] = -1
-    other_padding = net(*inputs)
-    for i, length in enumerate(lengths):
-        alone = net(*rows(inputs, i, length))
+    net, (features, speakers, _) = make(model, modalities, **changes), batch(lengths, modalities)
+    present = here_and_there(lengths, modalities) if missing else {}
+    together = net(features, speakers, lengths, present)
+    assert all(len(x) == 24 for part in together for x in part.values())
+    for rows in rows_of(lengths):
+        f, s, p = pick(rows, features, speakers, present)
+        alone = net(f, s, [len(rows)], p)
         for m in alone.logits:
-            torch.testing.assert_close(together.logits[m][i, :length], alone.logits[m][0], atol=1e-6, rtol=0)
-            torch.testing.assert_close(other_padding.logits[m][i, :length], alone.logits[m][0], atol=1e-6, rtol=0)
-            torch.testing.assert_close(together.hidden[m][i, :length], alone.hidden[m][0], atol=1e-6, rtol=0)
+            torch.testing.assert_close(together.logits[m][rows], alone.logits[m], atol=1e-6, rtol=0)
+            torch.testing.assert_close(together.hidden[m][rows], alone.hidden[m], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model", [MAGT, Concat, Context])
-def test_packing_changes_nothing(model):
-    net, inputs = make(model), batch([7, 1, 4])
-    mask = inputs[2]
-    found = net(*inputs)
-    given = net(*inputs, None, mask.flatten().nonzero().squeeze(1))
-    padded = net(*inputs, None, torch.arange(mask.numel()))  # every place counts: the layers work on padding, too
-    for part in ("logits", "hidden"):
-        for m, x in getattr(found, part).items():
-            assert torch.equal(x, getattr(given, part)[m]) and not x[~mask].any()
-            torch.testing.assert_close(x[mask], getattr(padded, part)[m][mask], atol=1e-6, rtol=0)
-    packing, x = Packing(mask), torch.randn(12, 5)
-    assert torch.equal(packing.pack(packing.pad(x)), x) and packing.pad(x).shape == (3, 7, 5)
+def test_the_recipe_for_padded_data(model):
+    """As the docstring of the module says; and x[mask] = .. is the way back."""
+    net, (features, speakers, lengths) = make(model), batch([7, 1, 4])
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    padded = {m: torch.full((3, 7, d), 1e3) for m, d in WIDTHS.items()}  # 1e3: whatever stands in the padding
+    who = torch.full((3, 7), 99)
+    for b, rows in enumerate(rows_of(lengths)):
+        who[b, : len(rows)] = speakers[rows]
+        for m, x in features.items():
+            padded[m][b, : len(rows)] = x[rows]
+    found = net({m: x[mask] for m, x in padded.items()}, who[mask], mask.sum(1).tolist()).logits[TEXT]
+    assert torch.equal(found, net(features, speakers, lengths).logits[TEXT])
+    back = torch.zeros(3, 7, 5)
+    back[mask] = found
+    for b, rows in enumerate(rows_of(lengths)):
+        assert torch.equal(back[b, : len(rows)], found[rows]) and not back[b, len(rows) :].any()
 
 
-def test_permuting_the_batch_permutes_the_output():
-    net, (features, speakers, mask) = make(), batch([7, 1, 4])
-    order = torch.tensor([2, 0, 1])
-    permuted = net({m: x[order] for m, x in features.items()}, speakers[order], mask[order])
-    torch.testing.assert_close(net(features, speakers, mask).logits[TEXT][order], permuted.logits[TEXT])
+@pytest.mark.parametrize("model, changes", MODELS)
+def test_permuting_the_conversations_permutes_the_output(model, changes):
+    net, (features, speakers, lengths) = make(model, **changes), batch([7, 1, 4])
+    order = [2, 0, 1]
+    rows = torch.cat([rows_of(lengths)[b] for b in order])
+    permuted = net({m: x[rows] for m, x in features.items()}, speakers[rows], [lengths[b] for b in order])
+    for m, logits in net(features, speakers, lengths).logits.items():
+        torch.testing.assert_close(logits[rows], permuted.logits[m], atol=1e-6, rtol=0)
 
 
-def test_order_speakers_and_the_rest_of_the_conversation_matter():
-    net, (features, speakers, mask) = make(), batch([6])
-    logits = net(features, speakers, mask).logits[TEXT]
-    flipped = net({m: x.flip(1) for m, x in features.items()}, speakers.flip(1), mask).logits[TEXT].flip(1)
+@pytest.mark.parametrize("model", [MAGT, Concat, Context])
+def test_the_order_of_the_modalities_does_not_matter(model):
+    net, (features, speakers, lengths) = make(model), batch([7, 1])
+    turned = dict(reversed(features.items()))
+    assert torch.equal(net(features, speakers, lengths).logits[TEXT], net(turned, speakers, lengths).logits[TEXT])
+
+
+@pytest.mark.parametrize("model, changes", [*MAGTS, (Context, {})])
+def test_order_speakers_and_the_rest_of_the_conversation_matter(model, changes):
+    net, (features, speakers, lengths) = make(model, **changes), batch([6])
+    logits = net(features, speakers, lengths).logits[TEXT]
+    flipped = net({m: x.flip(0) for m, x in features.items()}, speakers.flip(0), lengths).logits[TEXT].flip(0)
     assert (logits - flipped).abs().max() > 1e-3
-    assert (logits - net(features, (speakers + 1) % 3, mask).logits[TEXT]).abs().max() > 1e-3
+    assert (logits - net(features, speakers % 3 + 1, lengths).logits[TEXT]).abs().max() > 1e-3
     for m in features:
         changed = {n: x.clone() for n, x in features.items()}
-        changed[m][0, 5] *= -1
-        assert (logits - net(changed, speakers, mask).logits[TEXT])[0, 0].abs().max() > 1e-5, m
-    concat = make(Concat)
-    before = concat(features, speakers, mask).logits[TEXT]
-    torch.testing.assert_close(before[0, :5], concat(changed, speakers, mask).logits[TEXT][0, :5])
-    assert (before - concat(changed, speakers, mask).logits[TEXT])[0, 5].abs().max() > 1e-3
+        changed[m][5] *= -1
+        assert (logits - net(changed, speakers, lengths).logits[TEXT])[0].abs().max() > 1e-5, m
+    apart = net(features, speakers, [3, 3]).logits[TEXT]  # two conversations: the second begins anew, at position 0
+    assert (logits - apart).abs().amax(dim=1).min() > 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED])
+def test_concat_sees_one_utterance_alone():
+    net, (features, speakers, lengths) = make(Concat), batch([6])
+    before = net(features, speakers, lengths).logits[TEXT]
+    features["video"][5] *= -1
+    after = net(features, speakers % 3 + 1, [2, 4]).logits[TEXT]
+    torch.testing.assert_close(before[:5], after[:5])
+    assert (before - after)[5].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("modalities", SETS)
-@pytest.mark.parametrize("model", [MAGT, Concat, Context])
-def test_every_parameter_gets_a_gradient(model, modalities, changes):
+@pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
+def test_every_parameter_gets_a_gradient(model, changes, modalities):
     net = make(model, modalities, **changes).train()
     out = net(*batch([9, 5], modalities))
     sum(x.square().mean() for x in out.logits.values()).backward()
@@ -115,42 +147,42 @@ def test_every_parameter_gets_a_gradient(model, modalities, changes):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_missing_sound_is_read_by_nobody():
-    net, (features, speakers, mask) = make(), batch([6, 3])
-    present = {"audio": mask.clone()}
-    present["audio"][0, 2] = False
-    before = net(features, speakers, mask, present)
-    features["audio"][0, 2] = 1e3
-    after = net(features, speakers, mask, present)
+@pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
+def test_missing_sound_is_read_by_nobody(model, changes):
+    net, (features, speakers, lengths) = make(model, **changes), batch([6, 3])
+    present = {"audio": torch.arange(9) != 2}
+    before = net(features, speakers, lengths, present)
+    everyone = net(features, speakers, lengths).logits[TEXT]
+    features["audio"][2] = 1e3
+    after = net(features, speakers, lengths, present)
     for m in before.logits:
         assert torch.equal(before.logits[m], after.logits[m])
-    assert not torch.equal(after.logits[TEXT], net(features, speakers, mask).logits[TEXT])
+    others = [3, 4, 5] if model is not Concat else []  # who reads it, where it is there
+    assert (after.logits[TEXT] - everyone).abs().amax(dim=1)[[2, *others]].min() > 1e-5
+    torch.testing.assert_close(after.logits[TEXT][6:], everyone[6:], atol=1e-6, rtol=0)  # another conversation
 
 
-@pytest.mark.parametrize("model", [MAGT, Concat, Context])
-def test_a_conversation_without_any_sound(model):
-    net, (features, speakers, mask) = make(model).train(), batch([6, 3])
-    present = {"audio": mask & torch.tensor([[False], [True]])}
-    out = net(features, speakers, mask, present)
-    out.logits[TEXT].square().mean().backward()
-    assert all(x.isfinite().all() for x in [*out.logits.values(), *out.hidden.values()])
-    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+@pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
+def test_a_conversation_without_any_sound(model, changes):
+    net, (features, speakers, lengths) = make(model, **changes).train(), batch([6, 3])
+    out = net(features, speakers, lengths, {"audio": torch.arange(9) >= 6})
+    sum(x.square().mean() for x in out.logits.values()).backward()
+    assert all(x.isfinite().all() for part in out for x in part.values())
+    assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("width", [20, 32])
 def test_the_scale_of_the_input_does_not_matter(width):
+    torch.manual_seed(0)
     net = MAGT(FusionConfig({"text": width}, num_classes=5, num_speakers=3, width=32, heads=4)).eval()
     with torch.no_grad():
         for layer in net.input["text"]:
             if isinstance(layer, torch.nn.Linear):
                 layer.bias.zero_()
-    x, speakers, mask = (
-        torch.randn(2, 6, width),
-        torch.zeros(2, 6, dtype=torch.long),
-        torch.ones(2, 6, dtype=torch.bool),
-    )
-    small, large = (net({"text": scale * x}, speakers, mask).logits[TEXT] for scale in (0.1, 10))
+    x, speakers = torch.randn(12, width), torch.ones(12, dtype=torch.long)
+    small, large = (net({"text": scale * x}, speakers, [6, 6]).logits[TEXT] for scale in (0.1, 10))
     torch.testing.assert_close(small, large, atol=1e-2, rtol=0)
+    assert small.std() > 0.1
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -167,127 +199,189 @@ def test_dropout_keeps_the_mean_and_drops_the_share(p):
 
 
 def test_an_unknown_speaker_adds_nothing():
-    net = make()
+    net, (features, speakers, lengths) = make(), batch([4])
     assert not net.speaker(torch.tensor(0)).any()
-    net.train()(*(lambda f, s, m: (f, torch.full_like(s, -1), m))(*batch([4]))).logits[TEXT].sum().backward()
+    unknown = torch.zeros_like(speakers)
+    before = net(features, unknown, lengths).logits[TEXT]
+    assert not torch.equal(before, net(features, speakers, lengths).logits[TEXT])
+    net.train()(features, unknown, lengths).logits[TEXT].sum().backward()
     assert not net.speaker.weight.grad.any()
+    with torch.no_grad():
+        net.speaker.weight[1:] = 7.0
+    assert torch.equal(before, net.eval()(features, unknown, lengths).logits[TEXT])
 
 
-def missing_places(mask, seed=2):
-    """Where sound and picture lack: here and there; sound in all of conversation 0, pictures at every beginning."""
-    generator = torch.Generator().manual_seed(seed)
-    present = {m: mask & (torch.rand(mask.shape, generator=generator) > 0.3) for m in ("audio", "video")}
-    present["audio"][0] = False
-    present["video"][:, 0] = False
-    return present
+# The past and the present alone.
 
 
-@pytest.mark.parametrize("model", [MAGT, Context])
-def test_a_causal_model_sees_no_future(model):
-    net, (features, speakers, mask) = make(model, causal=True), batch([9, 9])
-    present = missing_places(mask)
-    before = net(features, speakers, mask, present)
-    for m in features:
-        features[m][:, 5:] *= -1
-    after = net(features, (speakers + (torch.arange(9) >= 5)) % 3, mask, present)
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("model, changes", CAUSAL)
+def test_a_causal_model_sees_no_future(model, changes, missing):
+    lengths, later = [9, 9], torch.arange(18) % 9 >= 5
+    net, (features, speakers, _) = make(model, **changes), batch(lengths)
+    present = here_and_there(lengths) if missing else {}
+    before = net(features, speakers, lengths, present)
+    for x in features.values():
+        x[later] *= -1
+    after = net(features, torch.where(later, speakers % 3 + 1, speakers), lengths, present)
     for m in before.logits:
-        assert torch.equal(before.logits[m][:, :5], after.logits[m][:, :5])
-        assert (before.logits[m][:, 5:] - after.logits[m][:, 5:]).abs().amax(dim=-1).min() > 1e-3
-    features["text"][:, 0] *= -1  # the past, on the other hand, counts
-    assert not torch.equal(after.logits[TEXT][:, 4], net(features, speakers, mask, present).logits[TEXT][:, 4])
+        assert torch.equal(before.logits[m][~later], after.logits[m][~later])
+        assert (before.logits[m] - after.logits[m])[later].abs().amax(dim=-1).min() > 1e-3
+    features["text"][0] *= -1  # the past, on the other hand, counts
+    assert not torch.equal(after.logits[TEXT][4], net(features, speakers, lengths, present).logits[TEXT][4])
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED])
 @pytest.mark.parametrize("modalities", SETS)
-def test_one_utterance_at_a_time_equals_the_whole(modalities, changes):
-    """The cache, over 40 utterances, with sound and picture missing and speakers unknown."""
-    net, (features, speakers, mask) = make(MAGT, modalities, causal=True, **changes), batch([40, 40, 40], modalities)
-    speakers[1] = speakers[:, 7] = -1
-    present = {m: x for m, x in missing_places(mask).items() if m in modalities}
-    whole, past = net(features, speakers, mask, present), Past()
+@pytest.mark.parametrize("model, changes", MAGTS)
+def test_one_utterance_at_a_time_equals_the_whole(model, changes, modalities):
+    """The past, over 40 utterances, with sound and picture missing and speakers unknown."""
+    lengths = [40, 40, 40]
+    net, (features, speakers, _) = make(model, modalities, causal=True, **changes), batch(lengths, modalities)
+    speakers[40:80] = 0
+    speakers[7::40] = 0
+    present = here_and_there(lengths, modalities)
+    whole, past = net(features, speakers, lengths, present), Past()
     for u in range(40):
-        at = {m: x[:, u] for m, x in present.items()}
-        out = net.step(past, {m: x[:, u] for m, x in features.items()}, speakers[:, u], at)
+        rows = torch.tensor([u, 40 + u, 80 + u])
+        out = net.step(past, *pick(rows, features, speakers, present))
         for m in whole.logits:
-            torch.testing.assert_close(out.logits[m], whole.logits[m][:, u], atol=1e-5, rtol=0)
-            torch.testing.assert_close(out.hidden[m], whole.hidden[m][:, u], atol=1e-5, rtol=0)
-    assert past.length == 40
+            torch.testing.assert_close(out.logits[m], whole.logits[m][rows], atol=1e-5, rtol=0)
+            torch.testing.assert_close(out.hidden[m], whole.hidden[m][rows], atol=1e-5, rtol=0)
+    assert past.lengths == [40, 40, 40]
 
 
-def test_only_a_causal_model_steps():
-    features, speakers, _ = batch([1])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("model, changes", MAGTS)
+def test_several_utterances_at_a_time_equal_the_whole(model, changes, missing):
+    """Conversations of different lengths, each in parts of its own; what is missing is said in some parts alone."""
+    lengths, parts = [9, 4, 12], [[3, 1, 2], [1, 1, 9], [5, 2, 1]]
+    net, (features, speakers, _) = make(model, causal=True, **changes), batch(lengths)
+    present = here_and_there(lengths) if missing else {}
+    if missing:
+        for b, rows in enumerate(rows_of(lengths)):  # all is there in the second part
+            for x in present.values():
+                x[rows[parts[0][b] : parts[0][b] + parts[1][b]]] = True
+    whole, past, read = net(features, speakers, lengths, present), Past(), [0, 0, 0]
+    for number, part in enumerate(parts):
+        rows = torch.cat([rows_of(lengths)[b][read[b] : read[b] + n] for b, n in enumerate(part)])
+        f, s, p = pick(rows, features, speakers, present)
+        out = net(f, s, part, None if number == 1 else p, past)
+        read = [n + before for n, before in zip(part, read)]
+        assert past.lengths == read
+        for m in whole.logits:
+            torch.testing.assert_close(out.logits[m], whole.logits[m][rows], atol=1e-5, rtol=0)
+            torch.testing.assert_close(out.hidden[m], whole.hidden[m][rows], atol=1e-5, rtol=0)
+    assert read == lengths
+
+
+def test_only_a_causal_model_has_a_past():
+    features, speakers, lengths = batch([1])
     with pytest.raises(ValueError, match="causal=True"):
-        make().step(Past(), {m: x[:, 0] for m, x in features.items()}, speakers[:, 0])
+        make().step(Past(), features, speakers)
+    with pytest.raises(ValueError, match="causal=True"):
+        make()(features, speakers, lengths, None, Past())
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1]])
+def test_a_past_of_other_conversations(lengths):
+    net, past = make(causal=True), Past()
+    net(*batch([3, 2]), None, past)
+    with pytest.raises(ValueError, match=f"the past is of 2 conversations, lengths is of {len(lengths)}"):
+        net(*batch(lengths), None, past)
+    assert past.lengths == [3, 2]
+
+
+# The equations by hand.
 
 
 def test_context_equals_the_formula():
-    net, (features, speakers, mask) = make(Context), batch([6])
-    present = {"audio": mask.clone()}
-    present["audio"][0, 2] = False
+    net, (features, speakers, lengths) = make(Context), batch([6])
+    present = {"audio": torch.arange(6) != 2}
     normed = {m: net.input[m](x) for m, x in features.items()}
-    normed["audio"][0, 2] = 0
+    normed["audio"][2] = 0
     h = net.merge(torch.cat([normed[m] for m in WIDTHS], dim=-1)) + sinusoidal_positions(6, 32)
-    h = h + net.speaker.weight[speakers + 1]
-    out = net(features, speakers, mask, present)
-    torch.testing.assert_close(out.logits[TEXT], net.classifier(net.block(h[0], h[0], mask, Packing(mask)))[None])
-    flipped = net({m: x.flip(1) for m, x in features.items()}, speakers.flip(1), mask).logits[TEXT].flip(1)
-    assert (net(features, speakers, mask).logits[TEXT] - flipped).abs().max() > 1e-3
+    h = h + net.speaker.weight[speakers]
+    out = net(features, speakers, lengths, present)
+    torch.testing.assert_close(out.logits[TEXT], net.classifier(net.block(h, h, lengths)))
 
 
-def test_block_equals_the_formula():
-    """Eq. 19-20 head by head: x = q + MHA(q, kv, kv); x + FFN(LN(x))."""
-    config = FusionConfig({"text": 8}, 2, 1, width=8, heads=2)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[5], [3, 2]])
+def test_block_equals_the_formula(lengths, causal):
+    """Eq. 19-20 head by head: x = q + MHA(q, kv, kv); x + FFN(LN(x)). Nobody reads another conversation."""
+    config = FusionConfig({"text": 8}, 2, 1, width=8, heads=2, causal=causal)
     torch.manual_seed(0)
     block = Block(config).eval()
     anchor, source = torch.randn(2, 5, 8)
-    mask = torch.tensor([[True, True, False, True, False]])
+    readable = torch.tensor([True, True, False, True, False])
+    conversation = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    may_read = readable & (conversation[:, None] == conversation)
+    if causal:
+        may_read &= torch.arange(5) <= torch.arange(5)[:, None]
     q, (k, v) = block.query(anchor), block.key_value(source).chunk(2, dim=-1)
     heads = []
     for h in (slice(0, 4), slice(4, 8)):
-        score = q[:, h] @ k[:, h].T / math.sqrt(4)
-        score[:, ~mask[0]] = -math.inf
+        score = (q[:, h] @ k[:, h].T / math.sqrt(4)).masked_fill(~may_read, -math.inf)
         heads.append(score.softmax(-1) @ v[:, h])
     x = anchor + block.out(torch.cat(heads, dim=-1))
     norm, up, _, _, down, _ = block.ffn
     expected = x + down(F.gelu(up(norm(x))))
-    everyone = Packing(torch.ones_like(mask))
-    torch.testing.assert_close(block(anchor, source, mask, everyone), expected)
+    torch.testing.assert_close(block(anchor, source, lengths, readable), expected)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_gate_equals_the_formula(relu):
     """Eq. 21-22, one stream: merge(h * sigmoid(W h + b)); the released gate has a ReLU inside and is at least 0.5."""
     torch.manual_seed(0)
-    anchor = Anchor(FusionConfig({"text": 8}, 2, 1, width=8, heads=2, relu_gate=relu), ["text"]).eval()
-    x, mask = torch.randn(5, 8), torch.ones(1, 5, dtype=torch.bool)
-    h = anchor.block["text"](x, x, mask, Packing(mask))
+    sizes = ({"text": 8}, 2, 1, 8, 2)
+    released = ReleasedAnchor(ReleasedConfig(*sizes, relu_gate=True), "text")
+    anchor = (released if relu else Anchor(FusionConfig(*sizes), "text")).eval()
+    x = torch.randn(5, 8)
+    h = anchor.block["text"](x, x, [5])
     z = anchor.gate["text"](h)
     alpha = 1 / (1 + torch.exp(-(z.clamp(min=0) if relu else z)))
-    out = anchor(x, {"text": x}, {"text": mask}, Packing(mask))
-    torch.testing.assert_close(out, anchor.merge(h * alpha))
+    torch.testing.assert_close(anchor(x, {"text": x}, [5], {}), anchor.merge(h * alpha))
     assert (alpha >= 0.5).all() == relu
 
 
+def test_the_order_of_the_anchors():
+    """Audio and video read the raw sequences; text, last, reads itself and the two enriched ones."""
+    net, (features, speakers, lengths) = make(), batch([6, 3])
+    present = here_and_there(lengths)
+    tags = torch.cat([sinusoidal_positions(6, 32), sinusoidal_positions(3, 32)]) + net.speaker.weight[speakers]
+    h = {m: net.input[m](x) * present.get(m, torch.ones(9))[:, None] + tags for m, x in features.items()}  # Eq. 18
+    expected = {m: net.anchor[m](h[m], h, lengths, present) for m in ("audio", "video")}
+    expected[TEXT] = net.anchor[TEXT](h[TEXT], {TEXT: h[TEXT], **expected}, lengths, present)
+    out = net(features, speakers, lengths, present)
+    for m in WIDTHS:
+        torch.testing.assert_close(out.hidden[m], expected[m])
+        torch.testing.assert_close(out.logits[m], net.classifier[m](expected[m]))
+
+
 def test_released_shares_the_text_anchor_and_adds_the_tags_twice():
-    paper, released = make(input_norm=False), make(**RELEASED)
-    counts = [sum(p.numel() for p in net.parameters()) for net in (paper, released)]
+    paper, theirs = make(input_norm=False), make(released, **OF_THE_AUTHORS)
+    counts = [sum(p.numel() for p in net.parameters()) for net in (paper, theirs)]
     block, gate = 6 * 32 * 32 + 6 * 32 + 2 * 32, 32 * 32 + 32
     assert counts[0] - counts[1] == 2 * (block + gate)
-    text = released.anchor[TEXT]
+    text = theirs.anchor[TEXT]
     assert text.block["audio"] is text.block["video"] is text.block["text"] and text.gate["audio"] is text.gate["text"]
-    assert released.anchor["audio"].block["audio"] is not released.anchor["audio"].block["video"]
+    assert theirs.anchor["audio"].block["audio"] is not theirs.anchor["audio"].block["video"]
 
-    inputs = batch([6])
-    out = released(*inputs)
-    tags = sinusoidal_positions(6, 32) + released.speaker(inputs[1] + 1)
-    masks = dict.fromkeys(WIDTHS, inputs[2])
-    sources = {
-        "audio": out.hidden["audio"] + tags,
-        "video": out.hidden["video"] + tags,
-        "text": inputs[0]["text"] + tags,
-    }
-    sources = {m: x[0] for m, x in sources.items()}
-    torch.testing.assert_close(text(sources["text"], sources, masks, Packing(inputs[2])), out.hidden[TEXT][0])
+    features, speakers, lengths = batch([6])
+    out = theirs(features, speakers, lengths)
+    tags = sinusoidal_positions(6, 32) + theirs.speaker(speakers)
+    sources = {m: out.hidden[m] + tags for m in ("audio", "video")} | {"text": features["text"] + tags}
+    torch.testing.assert_close(text(sources["text"], sources, lengths, {}), out.hidden[TEXT])
+
+
+def test_with_every_switch_off_released_is_the_paper():
+    model = Differences().method().models["MAGT"]
+    ours, theirs, inputs = make(), make(model), batch([6, 3])
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    present = here_and_there([6, 3])
+    for m, x in ours(*inputs, present).logits.items():
+        assert torch.equal(x, theirs(*inputs, present).logits[m])
 
 
 def test_positions_equal_the_formula():
@@ -309,27 +403,35 @@ def test_the_papers_size():
     assert sum(p.numel() for p in net.parameters()) == total
 
 
-@pytest.mark.parametrize("model", [MAGT, Concat, Context])
-def test_half_precision_under_autocast(model):
-    net, inputs = make(model), batch([9, 5])
+@pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
+def test_half_precision_under_autocast(model, changes):
+    net, inputs = make(model, **changes), batch([9, 5])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = net(*inputs).logits[TEXT]
+    assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), net(*inputs).logits[TEXT], atol=0.05, rtol=0.05)
+
+
+# What does not fit is named.
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda f, s, m: (f | {"smell": f["text"]}, s, m), "made for .*audio.*, got features .*smell"),
-        (lambda f, s, m: ({"text": f["text"]}, s, m), "got features"),
-        (lambda f, s, m: (f | {"audio": f["text"]}, s, m), r"audio features must be \[1, 4, 20\], got \[1, 4, 32\]"),
-        (lambda f, s, m: (f, s, m.float()), "mask must be bool"),
-        (lambda f, s, m: (f, s[:, :2], m), r"speakers must be \[1, 4\]"),
-        (lambda f, s, m: (f, s, m, {"audio": m[:, :2]}), r"present\['audio'\] must be"),
-        (lambda f, s, m: (f, s, m, None, torch.arange(9)), r"places must be \[N\]"),
+        (lambda f, s, n: (f | {"smell": f["text"]}, s, n), "made for .*audio.*, got features .*smell"),
+        (lambda f, s, n: ({"text": f["text"]}, s, n), "got features"),
+        (lambda f, s, n: (f | {"audio": f["text"]}, s, n), r"audio features must be \[4, 20\], got \[4, 32\]"),
+        (lambda f, s, n: (f | {"text": f["text"][None]}, s, n), r"text features must be \[4, 32\], got \[1, 4, 32\]"),
+        (lambda f, s, n: (f, s[:2], n), r"speakers must be \[4\]"),
+        (lambda f, s, n: (f, s[None], n), r"speakers must be \[4\]"),
+        (lambda f, s, n: (f, s, [2, 3]), r"speakers must be \[5\], the sum of lengths"),
+        (lambda f, s, n: (f, s, [4, 0]), "lengths must be numbers from 1"),
+        (lambda f, s, n: (f, s, []), "lengths must be numbers from 1"),
+        (lambda f, s, n: (f, s, n, {"audio": s[:2] > 0}), r"present\['audio'\] must be bool \[4\]"),
+        (lambda f, s, n: (f, s, n, {"audio": torch.ones(4)}), r"present\['audio'\] must be bool \[4\]"),
     ],
 )
-@pytest.mark.parametrize("model", [MAGT, Concat, Context])
+@pytest.mark.parametrize("model", [MAGT, released, Concat, Context])
 def test_inputs_that_do_not_fit(model, change, words):
     with pytest.raises(ValueError, match=words):
         make(model)(*change(*batch([4])))
