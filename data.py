@@ -62,8 +62,8 @@ def load_state(path: Path, parts: dict[str, Any]) -> tuple[list[dict], dict] | N
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         return state["history"], state["best"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as e:
-        raise InputError(f"{path}: not a checkpoint of this model ({e}); delete it, or start again with --fresh") from e
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as e:
+        raise InputError(f"{path}: not a checkpoint of this model; delete it, or start again with --fresh") from e
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""The readers, on trees that demo.py writes with the oddities of the real ones, and on spoiled copies."""
+"""The readers, on trees that extras/demo.py writes with the oddities of the real ones, and on spoiled copies; then
+conversations as rows, and what a training keeps of its state."""
 
 import csv
 
 import pytest
+import torch
+from test_features import example
 
-import demo
-from data import InputError, read_iemocap, read_meld
+from data import Conversations, InputError, load_state, read_iemocap, read_meld, replace_file, save_state
+from extras import demo
+from fusion import MAGT, FusionConfig
 
 # IEMOCAP
 
@@ -187,3 +191,94 @@ def test_demo_writes_what_the_readers_read(tmp_path):
     for corpus in (read_meld(tmp_path / "m"), read_iemocap(tmp_path / "i")):
         assert len(corpus.notes) == 1 and "conversations" in corpus.notes[0]
         assert all(u.audio and u.video for split in corpus.splits for u in corpus.utterances(split))
+
+
+# Conversations as rows
+
+
+def test_conversations_come_as_rows():
+    file = example()
+    data = Conversations(file, ("text", "audio_kd"), torch.device("cpu"))
+    assert data.splits == {"train": ["c0", "c1"], "dev": ["c2"], "test": ["c3"]}
+    assert data.lengths == {"c0": 2, "c1": 1, "c2": 2, "c3": 2}
+    for names, rows in (["c2", "c0"], [3, 4, 0, 1]), (["c1"], [2]), (["c3", "c1", "c0"], [5, 6, 2, 0, 1]):
+        batch = data.batch(names)
+        features, speakers, lengths, present = batch.inputs
+        assert lengths == [data.lengths[name] for name in names]
+        assert torch.equal(features["text"], file.features["text"][rows])
+        assert torch.equal(features["audio"], file.features["audio_kd"][rows])
+        assert torch.equal(batch.labels, file.label[rows])
+        assert present.keys() == batch.rows.keys() == {"audio"}  # every utterance has its words
+        assert present["audio"].tolist() == [row != 2 for row in rows]
+        assert batch.rows["audio"].tolist() == [i for i, row in enumerate(rows) if row != 2]
+        config = FusionConfig({"text": 4, "audio": 3}, num_classes=3, num_speakers=data.num_speakers, width=8)
+        assert MAGT(config)(*batch.inputs).logits["text"].shape == (len(rows), 3)
+
+
+def test_a_speaker_unknown_in_training_is_number_0():
+    file = example()
+    data = Conversations(file, ("text",), torch.device("cpu"))
+    assert data.num_speakers == 2 and data.speaker.tolist() == [1, 2, 1, 2, 1, 1, 0]  # Eve speaks in test alone
+    file.speaker = torch.tensor([0, 2, 0, 1, 0, 2, 1])  # train: Ada and Eve
+    data = Conversations(file, ("text",), torch.device("cpu"))
+    assert data.num_speakers == 3 and data.batch(["c2", "c3"]).inputs[1].tolist() == [0, 1, 3, 0]
+
+
+# Files that are written whole, or not at all
+
+
+def test_half_a_file_never_has_the_name_of_a_whole_one(tmp_path):
+    path = tmp_path / "file"
+    replace_file(path, lambda part: part.write_text("old"))
+
+    def killed(part):
+        part.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, killed)
+    assert path.read_text() == "old"
+    replace_file(path, lambda part: part.write_text("new"))
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def parts_of_a_training(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(seed):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+def test_the_state_of_a_training_is_kept(tmp_path):
+    before, after = parts_of_a_training(2), parts_of_a_training(1)
+    assert load_state(tmp_path / "state", after) is None
+    history, best = [{"train": {"loss": 1.5}, "dev_f1": 40.0}], {"dev_f1": 40.0, "model": before["model"].state_dict()}
+    save_state(tmp_path / "state", before, history, best)
+    found, found_best = load_state(tmp_path / "state", after)
+    assert found == history and found_best["dev_f1"] == 40.0
+    assert torch.equal(found_best["model"]["weight"], before["model"].weight)
+    assert torch.equal(after["model"].weight, before["model"].weight)
+    assert str(after["optimizer"].state_dict()) == str(before["optimizer"].state_dict())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_text("[1, 2, 3]"),
+        lambda path: torch.save({"model": torch.ones(2)}, path),
+        lambda path: torch.save([1, 2], path),
+        lambda path: save_state(path, {"model": torch.nn.Linear(4, 2), "optimizer": torch.nn.Identity()}, [], {}),
+    ],
+    ids=["empty", "cut", "text", "other keys", "a list", "another model"],
+)
+def test_a_state_that_is_not_this_trainings(tmp_path, spoil):
+    path = tmp_path / "text.resume.pt"
+    save_state(path, parts_of_a_training(1), [], {})
+    spoil(path)
+    with pytest.raises(InputError, match="text.resume.pt: not a checkpoint of this model; .*--fresh$"):
+        load_state(path, parts_of_a_training(1))

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-import demo
+from extras import demo
 
 LABELS = list(demo.IEMOCAP)
 MELD_COLUMNS = ["Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"]

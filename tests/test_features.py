@@ -1,4 +1,4 @@
-"""The feature file: what is written is read; what does not fit is named."""
+"""The feature file, and the encoders' answers: what is written is read; what does not fit is named."""
 
 import json
 
@@ -6,17 +6,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import InputError
-from features import Features, read_features, write_features
-
-NAMES = ("label_names", "speaker_names", "conversation_names", "utterance_names")
+from data import (
+    NAMES,
+    Conversation,
+    Corpus,
+    Encoded,
+    FeatureFile,
+    InputError,
+    Utterance,
+    read_encoded,
+    read_features,
+    to_feature_file,
+    write_encoded,
+    write_features,
+)
 
 
 def example():
     """Seven utterances: two conversations of train, one of dev, one of test; one without sound."""
     generator = torch.Generator().manual_seed(0)
-    return Features(
-        vectors={"text": torch.randn(7, 4, generator=generator), "audio_kd": torch.randn(7, 3, generator=generator)},
+    return FeatureFile(
+        features={"text": torch.randn(7, 4, generator=generator), "audio_kd": torch.randn(7, 3, generator=generator)},
         present={"text": torch.ones(7, dtype=torch.bool), "audio_kd": torch.arange(7) != 2},
         label=torch.tensor([0, 1, 2, 0, 1, 2, 0]),
         speaker=torch.tensor([0, 1, 0, 1, 0, 0, 2]),
@@ -37,8 +47,8 @@ def path(tmp_path):
 
 def test_written_and_read(path):
     before, after = example(), read_features(path)
-    before.vectors["audio_kd"][2] = 0  # the missing one
-    for name in ("vectors", "present"):
+    before.features["audio_kd"][2] = 0  # the missing one
+    for name in ("features", "present"):
         for kind in ("text", "audio_kd"):
             assert torch.equal(getattr(before, name)[kind], getattr(after, name)[kind])
     for name in ("label", "speaker", "conversation", "split"):
@@ -90,7 +100,7 @@ def test_what_does_not_fit_is_named(path, changes, words):
 
 def test_a_modality_that_nobody_has_is_absent(path):
     spoil(path, {"audio_kd": NAN})
-    assert list(read_features(path).vectors) == ["text"]
+    assert list(read_features(path).features) == ["text"]
 
 
 def test_not_a_feature_file(tmp_path):
@@ -98,3 +108,64 @@ def test_not_a_feature_file(tmp_path):
     for name in ("f", "nothing"):
         with pytest.raises(InputError, match=f"{name}: not a readable feature file"):
             read_features(tmp_path / name)
+
+
+# The encoders' answers
+
+
+def corpus():
+    """Two conversations of train, one of dev and of test; four utterances, of three speakers."""
+
+    def conversation(name, *speakers):
+        turns = (Utterance(f"{name}_{i}", s, "words", i, None, None) for i, s in enumerate(speakers))
+        return Conversation(name, tuple(turns))
+
+    train = (conversation("a", "Ada", "Bob"), conversation("b", "Bob"))
+    splits = {"train": train, "dev": (conversation("c", "Ada"),), "test": (conversation("d", "Eve", "Ada"),)}
+    return Corpus("made up", ("sad", "glad"), splits, ())
+
+
+def answers():
+    """An encoder's for the six utterances; the third has no sound."""
+    generator = torch.Generator().manual_seed(0)
+    encoded = Encoded(torch.randn(6, 4, generator=generator), torch.randn(6, 2, generator=generator))
+    for x in encoded:
+        x[2] = torch.nan
+    return encoded
+
+
+def test_an_encoders_answers_are_kept(tmp_path):
+    ids = [u.id for u in corpus().utterances()]
+    write_encoded(tmp_path / "audio", answers(), ids)
+    found = read_encoded(tmp_path / "audio", ids)
+    for x, y in zip(found, answers()):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    for other in (ids[:-1], ids[::-1], [*ids[:-1], "d_2"]):
+        with pytest.raises(InputError, match="audio: .*other utterances.*--fresh"):
+            read_encoded(tmp_path / "audio", other)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nonsense", "a tensor file without names"])
+def test_not_what_an_encoder_left(tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "audio").write_bytes(content)
+    elif content:
+        save_file(answers()._asdict(), tmp_path / "audio")
+    with pytest.raises(InputError, match="audio: not .*; delete it"):
+        read_encoded(tmp_path / "audio", [])
+
+
+def test_from_answers_to_the_feature_file(tmp_path):
+    text = Encoded(torch.ones(6, 3), torch.zeros(6, 2))
+    file = to_feature_file({"text": text, "audio_kd": answers()}, corpus())
+    assert file.utterance_names == ["a_0", "a_1", "b_0", "c_0", "d_0", "d_1"]
+    assert file.conversation_names == ["a", "b", "c", "d"] and file.conversation.tolist() == [0, 0, 1, 2, 3, 3]
+    assert file.split.tolist() == [0, 0, 0, 1, 2, 2] and file.label.tolist() == [0, 1, 0, 0, 0, 1]
+    assert [file.speaker_names[i] for i in file.speaker] == ["Ada", "Bob", "Bob", "Ada", "Eve", "Ada"]
+    assert file.label_names == ["sad", "glad"] and file.present["text"].all()
+    assert file.present["audio_kd"].tolist() == [True, True, False, True, True, True]
+    assert torch.equal(file.features["audio_kd"], answers().features.nan_to_num())
+    write_features(tmp_path / "f", file)
+    again = read_features(tmp_path / "f")
+    assert torch.equal(again.features["audio_kd"], file.features["audio_kd"])
+    assert torch.equal(again.present["audio_kd"], file.present["audio_kd"])
