@@ -60,15 +60,18 @@ def load_audio(path: Path, start: float = 0.0, end: float | None = None) -> Tens
         if not container.streams.audio:
             raise MediaError("no sound in it")
         stream = container.streams.audio[0]
+        if stream.sample_rate > 400_000:  # no recorder has it, and the resampler's memory grows with it
+            raise MediaError(f"{stream.sample_rate} samples per second")
         if start > 0:
             container.seek(int(start * av.time_base))
-        mono, parts, offset = av.AudioResampler(format="fltp", layout="mono"), [], None
+        # Packed: PyAV crashes on 8 planes and more. The mean, since FFmpeg's own mix of equal channels clips.
+        packed, parts, offset = av.AudioResampler(format="flt"), [], None
         for frame in container.decode(stream):
             time = 0.0 if frame.time is None else frame.time
             if time >= end:
                 break
             offset = time if offset is None else offset
-            parts += [part.to_ndarray()[0] for part in mono.resample(frame)]
+            parts += [p.to_ndarray().reshape(-1, p.layout.nb_channels).mean(axis=1) for p in packed.resample(frame)]
     if not parts:
         raise MediaError("no sound in it")
     sound, rate = torch.from_numpy(np.concatenate(parts)), frame.sample_rate
@@ -204,7 +207,7 @@ class MediaStore:
 
     def bytes_for(self, u: Utterance, modality: str) -> int:
         """How much disk the decoded media of an utterance take, about."""
-        seconds = 4.0 if u.end is None else min(u.end - u.start, MAX_SECONDS)
+        seconds = 4.0 if u.end is None else min(max(0.0, u.end - u.start), MAX_SECONDS)  # 0 if it is NaN
         return int(seconds * RATE * 2) if modality == "audio" else self.frames * 3 * self.size**2
 
     def _path(self, utterance_id: str, modality: str, ending: str = "npy") -> Path:
@@ -229,7 +232,7 @@ class MediaStore:
         path = self._path(utterance_id, modality)
         try:
             return np.load(path, mode)
-        except (OSError, ValueError, EOFError) as e:
+        except Exception as e:  # a damaged header makes NumPy raise nearly anything
             raise InputError(f"{path}: damaged ({e}); delete it, and it is decoded again") from e
 
 
