@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import losses
 from data import Batch
 from extras.context import Context
+from extras.own_utterance import OwnConfig, OwnMAGT
 from fusion import MAGT, TEXT, Anchor, Concat, FusionConfig, FusionOutput
 from magtkd import CONFIGS, Config, Method, fusion_losses
 
@@ -114,7 +115,9 @@ RELEASED = {
 
 
 def build(name: str, fields: dict) -> nn.Module:
-    """Makes any model that stage 2 saves, for magtkd.load_fusion: of the paper, of the authors, and Context."""
+    """Makes any model that stage 2 saves, for magtkd.load_fusion: of the paper, of the authors, and our own."""
+    if "own" in fields:
+        return OwnMAGT(OwnConfig(**fields))
     if name == "MAGT" and fields.keys() & {field.name for field in dataclasses.fields(ReleasedConfig)} - {
         field.name for field in dataclasses.fields(FusionConfig)
     }:
