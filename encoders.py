@@ -29,6 +29,7 @@ import torch
 import torchaudio.functional as A
 import torchvision.transforms.v2.functional as V
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -278,11 +279,15 @@ class TextEncoder(Encoder):
         self.backbone.resize_token_embeddings(max(table, len(t)))
         self.start = t.bos_token_id if t.bos_token_id is not None else t.cls_token_id
         self.end = t.eos_token_id if t.eos_token_id is not None else t.sep_token_id
+        if None in (self.start, self.end, t.pad_token_id):
+            raise InputError(f"--text-model {checkpoint}: its tokenizer has no token for the start, the end or padding")
         positions = getattr(self.backbone.config, "max_position_embeddings", max_tokens)
         table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
         if getattr(table, "padding_idx", None) is not None:
             positions -= table.padding_idx + 1  # RoBERTa counts its positions from there
         self.max_tokens = min(max_tokens, positions, t.model_max_length)
+        if self.max_tokens < 32:  # P_k alone takes up to 22 beside the words
+            raise InputError(f"--text-model {checkpoint}: prompts of {self.max_tokens} tokens, 32 are the least")
 
     def prompts(self, conversation: Conversation) -> list[list[int]]:
         """For each utterance k of a conversation the ids of <s> C_k </s> P_k </s> (Eq. 1, 2).
@@ -329,6 +334,9 @@ class AudioEncoder(Encoder):
             rate = getattr(processor, "sampling_rate", "no")
             raise InputError(f"--audio-model {checkpoint}: wants {rate} Hz, this project reads {RATE}")
         super().__init__(checkpoint, "--audio-model", num_classes, width)
+        if not hasattr(self.backbone, "feature_extractor"):  # the convolutions that read samples
+            what = type(self.backbone).__name__
+            raise InputError(f"--audio-model {checkpoint}: a {what}, not one of the wav2vec 2.0 family")
         self.processor = processor
 
     def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -344,6 +352,7 @@ class VideoEncoder(Encoder):
     """TimeSformer at its class token, VideoMAE at the mean (Eq. 5). Examples are uint8 [frames, 3, size, size], RGB."""
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
+        video_shape(checkpoint)  # refuses what is no video model
         processor = load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
         super().__init__(checkpoint, "--video-model", num_classes, width)
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
@@ -371,7 +380,7 @@ def load(load: Callable, checkpoint: str, option: str, **options):
     """`load(checkpoint)` with a message that says what to do when it is not there."""
     try:
         return load(checkpoint, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as e:
         what = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         if Path(checkpoint).is_dir():
             where = "the folder is there, but not whole: it needs what model.save_pretrained and its processor's write"
