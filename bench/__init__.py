@@ -1,18 +1,20 @@
 """The benchmark: are the complexity claims of the paper's section 4.7 true, and when? `pytest bench/ --benchmark-only`.
 
 mult.py       MulT, the frame-level baseline
-measure.py    FLOPs, bytes, time
-lengths.py    how long the conversations of MELD and IEMOCAP are
+measure.py    FLOPs, bytes, the machine's own rate
+lengths.py    how many utterances the conversations of IEMOCAP and MELD have
 grid.py       what is measured: the settings, the sizes, the inputs
-test_*.py     the measurements themselves (pytest-benchmark), and tests of this folder's own code
+modes.py      the ways to run MAGT that are compared: padded attention, bfloat16, torch.compile, CUDA graph
+test_*.py     the measurements themselves (test_grid.py, test_parts.py), and tests of this folder's own code
 verdicts.py   what the measurements say about each claim
 tables.py     results/*.json as text
 plots.py      figures, and the tables again: `python -m bench.plots`
-speed.py      both stages before and after what was done about speed: `python -m bench.speed`
+speed.py      both stages with and without what was done about speed: `python -m bench.speed`
 """
 
 import os
 
-# Before torch is imported: a thread that waits for another one spins for some tens of microseconds and then sleeps. To
-# sleep at once costs a tenth of a step on an idle machine; to spin on makes it ten times slower on a busy one.
+# Before torch is imported. A thread that waits for another one spins for some tens of microseconds, then sleeps.
+# Without spinning, a step takes a tenth longer on an idle machine; with torch's long spinning, ten times longer on a
+# busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

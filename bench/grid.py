@@ -1,9 +1,10 @@
-"""What is measured: the settings, the sizes, the inputs. How, is in measure.py; the measuring itself in test_*.py.
+"""What is measured: the settings, the sizes, the inputs. How it is measured is in measure.py and modes.py; the
+measuring itself in test_grid.py and test_parts.py.
 
-Matched: MAGT and MulT with the same width D = 768, 8 heads, one layer in every encoder, input vectors of width D.
-What differs is the granularity: MAGT's attention runs over the U utterances of a conversation, MulT's over the L
-frames of an utterance. MulT's memories get one layer here, though its authors' rule is max(layers, 3): three would
-count against MulT for its depth and not for its frames. The rule's variant is counted too ("authors' memories").
+Matched: MAGT and MulT with the same width D = 768, 8 heads, one layer in every encoder, inputs of width D. What differs
+is the granularity: MAGT's attention runs over the U utterances of a conversation, MulT's over the L frames of an
+utterance. MulT's memories get one layer here, though its authors' rule is max(layers, 3): three would count against
+MulT for its depth and not for its frames. The rule's variant is counted too ("authors' memories").
 
 As published: MulT with d = 40, 8 heads, 4 layers (memories 4), input widths 300, 74 and 35 (GloVe, COVAREP, Facet),
 at the published lengths of text/audio/video: aligned 20/20/20 and 50/50/50, unaligned 50/375/500. MAGT with D = 768.
@@ -13,21 +14,21 @@ says how many utterances a timed call sees, and times are compared per utterance
 S (tested).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from bench import lengths
 from bench.measure import SEED, Flops, magt_flops, mult_flops
 from bench.mult import MulT, MulTConfig
+from data import MODALITIES, Batch
 from fusion import MAGT, FusionConfig
-from training import make_batches
+from magtkd import CONFIGS, Config, make_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODALITIES = ("text", "audio", "video")
 CLASSES, SPEAKERS = 6, 2
 WIDTH, HEADS = 768, 8
 
@@ -39,7 +40,7 @@ NARROW, NARROW_LENGTH = (96, 192, 384), 64  # widths below 768, for the exponent
 
 MAGT_, MATCHED, MEMORIES, PUBLISHED = "MAGT", "MulT matched", "MulT matched, authors' memories", "MulT as published"
 INPUT_WIDTHS = {PUBLISHED: (300, 74, 35)}  # the others: the width of the model
-# What a timed call may cost. d = 40 reaches a fifth of the FLOP/s of D = 768, so it gets fewer.
+# FLOPs that a timed call may take. d = 40 reaches a fifth of the FLOP/s of D = 768, so it gets fewer.
 FORWARD_FLOPS = {
     "cpu": {MAGT_: 3.5e10, MATCHED: 3.5e10, PUBLISHED: 7e9},
     "cuda": {MAGT_: 7e12, MATCHED: 7e12, PUBLISHED: 1.4e12},
@@ -75,7 +76,7 @@ class Case:
     def flops(self, samples: int) -> Flops:
         """By the closed form."""
         if self.variant == MAGT_:
-            return magt_flops(self.config, samples // self.length, self.length)
+            return magt_flops(self.config, [self.length] * (samples // self.length))
         return mult_flops(self.config, samples, self.frames)
 
     def model(self, device: str) -> nn.Module:
@@ -83,10 +84,11 @@ class Case:
         return _model(self.variant, self.width, device)
 
     def inputs(self, samples: int, device: str) -> tuple:
-        """What the model is called with: `samples` utterances, no padding."""
+        """What the model is called with: `samples` utterances, all of the case's length."""
         if self.variant == MAGT_:
             return conversations([self.length] * (samples // self.length), self.width, device)
-        return utterances([self.frames] * samples, self.config.widths, device)
+        frames, _ = utterances([self.frames] * samples, self.config.widths, device)
+        return (frames,)  # no masks, since there is no padding
 
     def timed_samples(self) -> int:
         """How many utterances a timed call sees: S, halved until its FLOPs fit."""
@@ -116,22 +118,15 @@ def _model(variant: str, width: int, device: str) -> nn.Module:
         return MAGT(config) if variant == MAGT_ else MulT(config)
 
 
-def conversations(lengths: list[int], width: int, device: str, padded: bool = False) -> tuple:
-    """Random conversations padded to the longest, nothing missing: features, speakers, mask, present and places, what
-    MAGT.forward takes.
-
-    padded: all places count as utterances, so that the linear layers, too, work on padding, for comparison.
-    """
-    B, U = len(lengths), max(lengths)
-    mask = _mask(lengths, device)
-    places = torch.arange(B * U) if padded else _mask(lengths, "cpu").flatten().nonzero().squeeze(1)
-    features = {m: torch.randn(B, U, width, device=device) for m in MODALITIES}
-    speakers = torch.randint(0, SPEAKERS, (B, U), device=device).masked_fill(~mask, -1)
-    return features, speakers, mask, dict.fromkeys(MODALITIES, mask), places.to(device)
+def conversations(lengths: list[int], width: int, device: str) -> tuple:
+    """Random conversations of `lengths` utterances, nothing missing: what MAGT.forward takes, in order."""
+    N = sum(lengths)
+    features = {m: torch.randn(N, width, device=device) for m in MODALITIES}
+    return features, torch.randint(1, SPEAKERS + 1, (N,), device=device), lengths, {}
 
 
 def utterances(frames: list[dict[str, int]], widths: dict[str, int], device: str) -> tuple[dict, dict]:
-    """Random frames and masks of utterances padded to the longest: what MulT.forward takes."""
+    """Random frames and masks of utterances, padded to the longest: what MulT.forward takes."""
     masks = {m: _mask([utterance[m] for utterance in frames], device) for m in widths}
     return {m: torch.randn(*masks[m].shape, width, device=device) for m, width in widths.items()}, masks
 
@@ -143,42 +138,71 @@ def _mask(lengths: list[int], device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The lengths of a corpus's training conversations, and the paper's settings for it (Table 1)."""
+    """A corpus's training conversations by their lengths, and the paper's settings for it (Table 1)."""
 
     lengths: tuple[int, ...]
     classes: int
-    alpha: float
-    beta: float
+    config: Config
 
-    @property
-    def config(self) -> FusionConfig:
-        return FusionConfig(dict.fromkeys(MODALITIES, WIDTH), self.classes, SPEAKERS)
+    def fusion(self, width: int = WIDTH) -> FusionConfig:
+        return FusionConfig(dict.fromkeys(MODALITIES, width), self.classes, SPEAKERS, width, HEADS)
 
-    def batches(self, size: int = 16, similar: bool = False) -> list[list[int]]:
-        """One epoch in batches of `size` conversations, at random from the seed, or of similar length as in stage 2."""
+    def epoch(self) -> list[list[int]]:
+        """The lengths of the conversations in each batch of an epoch; at random, as in stage 2, but from a seed."""
         torch.manual_seed(SEED)
-        batches = make_batches(self.lengths if similar else [1] * len(self.lengths), size)
-        return [[self.lengths[i] for i in batch] for batch in batches]
+        batches = make_batches({str(i): 1 for i in range(len(self.lengths))}, self.config.stage2_batch)
+        return [[self.lengths[int(name)] for name in batch] for batch in batches]
 
-    def typical_batch(self, size: int = 16, similar: bool = False) -> list[int]:
+    def typical_batch(self) -> list[int]:
         """The batch of the epoch whose padded size is the median (the upper one of two)."""
-        by_size = sorted(self.batches(size, similar), key=lambda batch: len(batch) * max(batch))
+        by_size = sorted(self.epoch(), key=lambda batch: len(batch) * max(batch))
         return by_size[len(by_size) // 2]
 
-    def padded_flops(self, batches: list[list[int]]) -> Flops:
-        """Each batch padded to its longest conversation for attention; the linear layers work without padding."""
-        return _sum(magt_flops(self.config, len(batch), max(batch), sum(batch)) for batch in batches)
-
-    def valid_flops(self, batches: list[list[int]]) -> Flops:
-        """Each conversation by itself, without padding."""
-        return _sum(magt_flops(self.config, 1, length) for batch in batches for length in batch)
-
-
-def _sum(counts: Iterable[Flops]) -> Flops:
-    return Flops(*map(sum, zip(*counts)))
+    def batch(self, lengths: list[int], device: str) -> Batch:
+        """Random features and labels for conversations of `lengths` utterances: a batch of stage 2."""
+        labels = torch.randint(0, self.classes, (sum(lengths),), device=device)
+        return Batch(conversations(lengths, WIDTH, device), labels, rows={})  # no rows: nothing is missing
 
 
 CORPORA = {
-    "IEMOCAP (reconstructed lengths)": Corpus(tuple(lengths.IEMOCAP_RECONSTRUCTED["train"]), 6, 0.7, 0.8),
-    "MELD": Corpus(tuple(lengths.MELD["train"]), 7, 0.01, 0.09),
+    "IEMOCAP": Corpus(tuple(lengths.IEMOCAP["train"]), 6, CONFIGS["iemocap"]),
+    "MELD": Corpus(tuple(lengths.MELD["train"]), 7, CONFIGS["meld"]),
 }
+
+# The encoders of stage 1, at their published sizes
+
+ROBERTA_LARGE = {
+    "vocab_size": 50265,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
+ENCODERS = {  # name: (how to build it with random weights, shape of one utterance's input)
+    "RoBERTa-large, 256 tokens": (
+        lambda: transformers.RobertaModel(transformers.RobertaConfig(**ROBERTA_LARGE), add_pooling_layer=False),
+        (256,),
+    ),
+    "Data2Vec-audio-base, 5 s at 16 kHz": (
+        # Without what is random in it: left-out layers and masked frames.
+        lambda: transformers.Data2VecAudioModel(
+            transformers.Data2VecAudioConfig(layerdrop=0.0, apply_spec_augment=False)
+        ),
+        (80_000,),
+    ),
+    "TimeSformer-base, 8 frames of 224 x 224": (
+        lambda: transformers.TimesformerModel(transformers.TimesformerConfig()),
+        (8, 3, 224, 224),
+    ),
+}
+
+
+def encoder(name: str, device: str) -> tuple[nn.Module, Tensor]:
+    """The model, in training mode, and a batch of 4 utterances (Table 1)."""
+    build, shape = ENCODERS[name]
+    with torch.device(device):
+        inputs = torch.full((4, *shape), 5) if "tokens" in name else torch.randn(4, *shape)  # any token will do
+        return build().train(), inputs

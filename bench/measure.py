@@ -9,11 +9,12 @@ Closed forms, from the layers one by one. A linear layer from a to b on n rows: 
 at width d, heads together: 2qkd for the scores, 2qkd for the weighted sum, 4qkd together. With M modalities, C
 classes:
 
-MAGT over B conversations of U utterances, n = BU rows, width D:
-    block   query 2nD^2, key and value 4nD^2, output 2nD^2, feed-forward D -> D -> D 4nD^2: 12nD^2; attention 4nUD
-    anchor  M blocks, M gates 2nD^2, merge MD -> D 2nMD^2: 16M nD^2 + 4M nUD
-    model   M anchors, M classifiers: linear 16M^2 nD^2 + 2M nDC, attention 4M^2 nUD
-            and 2n d_m D for each modality with d_m != D. For M = 3: 144 nD^2 + 6nDC, and 36 nUD.
+MAGT over conversations of U utterances each, which may differ; n = sum(U) rows, width D:
+    block   query 2nD^2, key and value 4nD^2, output 2nD^2, feed-forward D -> D -> D 4nD^2: 12nD^2
+            attention, conversation by conversation: 4 sum(U^2) D
+    anchor  M blocks, M gates 2nD^2, merge MD -> D 2nMD^2: 16M nD^2; attention 4M sum(U^2) D
+    model   M anchors, M classifiers 2nDC: linear 16M^2 nD^2 + 2M nDC, attention 4M^2 sum(U^2) D
+            and 2n d_m D for each modality with d_m != D. For M = 3: 144 nD^2 + 6nDC, and 36 sum(U^2) D.
 
 MulT on S utterances of L_m frames, width d, N layers, memories of K layers and width w = (M - 1) d:
     layer   t target rows, s source rows, width d: query 2td^2, key and value 4sd^2, output 2td^2, feed-forward
@@ -24,7 +25,8 @@ MulT on S utterances of L_m frames, width d, N layers, memories of K layers and 
             and 2 S L_m d_m d for each modality with d_m != d.
             For M = 3 and all L_m = L: linear (144N + 288K) SLd^2 + S (144d^2 + 12dC), attention (24N + 24K) SL^2 d.
 
-So the ratio of the attention terms, MAGT at D to MulT at d with S = BU, is 3/2 / (N + K) * D/d * U/L^2.
+So the ratio of the attention terms, MAGT at D to MulT at d, both on S utterances, in conversations of U each, is
+3/2 / (N + K) * D/d * U/L^2.
 """
 
 import os
@@ -32,7 +34,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -58,15 +60,12 @@ class Flops(NamedTuple):
         return self.attention + self.linear
 
 
-def magt_flops(config: FusionConfig, conversations: int, utterances: int, valid: int | None = None) -> Flops:
-    """The closed form above, of MAGT on `conversations` conversations of `utterances` utterances each.
-
-    valid: how many of these are there and no padding, which attention alone works on. Default: all.
-    """
-    slots, D, M = conversations * utterances, config.width, len(config.widths)
-    n = slots if valid is None else valid
+def magt_flops(config: FusionConfig, lengths: list[int]) -> Flops:
+    """The closed form above, of MAGT on conversations of `lengths` utterances."""
+    n, D, M = sum(lengths), config.width, len(config.widths)
     inputs = sum(2 * n * width * D for width in config.widths.values() if width != D)
-    return Flops(4 * M**2 * slots * utterances * D, 16 * M**2 * n * D**2 + 2 * M * n * D * config.num_classes + inputs)
+    linear = 16 * M**2 * n * D**2 + 2 * M * n * D * config.num_classes + inputs
+    return Flops(4 * M**2 * sum(U**2 for U in lengths) * D, linear)
 
 
 def mult_flops(config: MulTConfig, utterances: int, frames: dict[str, int]) -> Flops:
@@ -103,16 +102,16 @@ def count_with_fvcore(model: nn.Module, inputs: tuple) -> Flops:
         batch, heads, rows, width = query
         return 2 * batch * heads * rows * key[2] * width
 
-    tensors, spec = tree_flatten(inputs)
+    tensors = tuple(x for x in tree_leaves(inputs) if isinstance(x, Tensor))
     analysis = (
-        FlopCountAnalysis(_Flat(model, spec), tuple(tensors))
+        FlopCountAnalysis(_Flat(model, inputs), tensors)
         .set_op_handle("aten::scaled_dot_product_attention", attention_products)
         .unsupported_ops_warnings(False)
         .uncalled_modules_warnings(False)
         .tracer_warnings("none")
     )
     training = model.training
-    model.eval()  # the tracer cannot follow the random bytes of fusion.Dropout, in which there is no product
+    model.eval()  # the tracer cannot follow the random bytes of fusion.Dropout, which holds no matrix product
     counts = analysis.by_operator()
     model.train(training)
     del counts["layer_norm"]  # no matrix product
@@ -121,21 +120,24 @@ def count_with_fvcore(model: nn.Module, inputs: tuple) -> Flops:
 
 
 class _Flat(nn.Module):
-    """Tensors in, tensors out: what fvcore's tracer can follow."""
+    """Tensors in, tensors out: what fvcore's tracer can follow. Inputs that are no tensors (lengths) are kept fixed."""
 
-    def __init__(self, model: nn.Module, spec: Any):
+    def __init__(self, model: nn.Module, inputs: tuple):
         super().__init__()
-        self.model, self.spec = model, spec
+        self.model = model
+        self.leaves, self.spec = tree_flatten(inputs)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tree_leaves(self.model(*tree_unflatten(tensors, self.spec))))
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(x, Tensor) else x for x in self.leaves]
+        return tuple(tree_leaves(self.model(*tree_unflatten(leaves, self.spec))))
 
 
 def bytes_for_backward(function: Callable, inputs: tuple, parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps from function(*inputs): each storage once, those of `parameters` not counted. Exact.
 
-    The inputs count where a gradient needs them. A module stays in the mode (train or eval) that it is in. On the meta
-    device too, where attention is always spelled out and its L x L weights are kept.
+    The inputs count where a gradient needs them. A module stays in the mode (train or eval) that it is in. Works on the
+    meta device too; there attention is always spelled out, and its L x L weights are kept.
     """
     own = {p.untyped_storage()._cdata for p in parameters}  # the storage, since data on the meta device has no address
     kept = []  # keeps the storages alive, so that none is taken for another

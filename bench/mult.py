@@ -2,11 +2,12 @@
 
 Every utterance is three sequences of frames. For each target modality a cross-modal encoder per source rewrites the
 target's frames out of the source's; a self-attention encoder (the memory) runs over the two results side by side; the
-last frames of the three memories are the utterance's vector. No utterance sees another one.
+last frames of the three memories are the utterance's feature. No utterance sees another one.
 
-Attention is F.scaled_dot_product_attention with a boolean key mask, as in MAGT, so that kernels do not decide the
-comparison. Unlike the authors' code, padded frames are masked and the last frame is the last valid one; on unpadded
-input the outputs are equal. The structure maps one to one to theirs (l, a, v stand for text, audio, video):
+Attention is F.scaled_dot_product_attention, as in MAGT, so that kernels do not decide the comparison: with a boolean
+key mask where there is padding, without where there is none. Unlike in the authors' code, padded frames are masked and
+the last frame is the last valid one; without padding the outputs are equal to theirs. The structure maps one to one to
+theirs (l, a, v stand for text, audio, video):
 
     project[m]                        proj_{m}, a 1x1 Conv1d      in_proj       self_attn.in_proj_{weight,bias}
     cross["t<-s"]                     trans_{t}_with_{s}          out_proj      self_attn.out_proj
@@ -15,7 +16,7 @@ input the outputs are equal. The structure maps one to one to theirs (l, a, v st
 
 Not here: initialisation, dropout on the attention weights (it would force the unfused kernel) and on the raw text.
 
-Shapes: S utterances, L_m frames in modality m, d_m its features, d width, C classes.
+Shapes: S utterances, L_m frames in modality m, d_m their width, d width of the model, C classes.
 """
 
 from dataclasses import dataclass
@@ -54,15 +55,16 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, source: Tensor | None, key_mask: Tensor) -> Tensor:
-        """x [S, L_t, d]; source [S, L_s, d], or None for x itself; key_mask [S, L_s]. Returns [S, L_t, d]."""
+    def forward(self, x: Tensor, source: Tensor | None, key_mask: Tensor | None) -> Tensor:
+        """x [S, L_t, d]; source [S, L_s, d], or None for x itself; key_mask [S, L_s], or None. Returns [S, L_t, d]."""
         target = self.norm1(x)
         source = target if source is None else self.norm1(source)
         width = x.shape[-1]
         q = F.linear(target, self.in_proj.weight[:width], self.in_proj.bias[:width])
         k, v = F.linear(source, self.in_proj.weight[width:], self.in_proj.bias[width:]).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [S, heads, L, d / heads]
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :])
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.drop(self.out_proj(read.transpose(1, 2).flatten(2)))
         return x + self.drop(self.fc2(self.drop(F.relu(self.fc1(self.norm2(x))))))
 
@@ -76,7 +78,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, source: Tensor | None, key_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """As Layer.forward."""
         x = self._embed(x)
         source = None if source is None else self._embed(source)
@@ -114,14 +116,19 @@ class MulT(nn.Module):
         self.classifier = nn.Linear(out, config.num_classes)
         self.drop = nn.Dropout(p)
 
-    def forward(self, frames: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
-        """frames {m: [S, L_m, d_m]}; masks {m: [S, L_m]}, True at frames, then False at padding. Returns [S, C]."""
+    def forward(self, frames: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> Tensor:
+        """frames {m: [S, L_m, d_m]} -> logits [S, C].
+
+        masks: {m: [S, L_m]}, True at frames, then False at padding. None: there is no padding.
+        """
         h = {m: layer(frames[m]) for m, layer in self.project.items()}  # [S, L_m, d]
+        mask = masks or dict.fromkeys(h)
         last = []
         for target, memory in self.memory.items():
-            streams = [self.cross[f"{target}<-{s}"](h[target], h[s], masks[s]) for s in h if s != target]
-            x = memory(torch.cat(streams, dim=-1), None, masks[target])  # [S, L_t, 2d]
-            last.append(x[torch.arange(len(x), device=x.device), masks[target].sum(1) - 1])  # [S, 2d]
+            streams = [self.cross[f"{target}<-{s}"](h[target], h[s], mask[s]) for s in h if s != target]
+            x = memory(torch.cat(streams, dim=-1), None, mask[target])  # [S, L_t, 2d]
+            ends = -1 if masks is None else masks[target].sum(1) - 1
+            last.append(x[torch.arange(len(x), device=x.device), ends])  # [S, 2d]
         x = torch.cat(last, dim=-1)  # [S, 6d]
         return self.classifier(x + self.residual2(self.drop(F.relu(self.residual1(x)))))
 

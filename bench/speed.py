@@ -1,109 +1,161 @@
-"""What was done about speed, before and after, side by side in one process: figures/speed.json and speed.png.
+"""What was done about speed, with and without it, in one process: docs/figures/speed.json and speed.png.
 
-    python -m bench.speed          # 5 minutes on two cores
+    python -m bench.speed          # minutes on two cores
+    python -m bench.speed --toy    # seconds, at toy sizes, into runs/speed-toy: tries the command, measures nothing
 
-Stage 1: seconds of an epoch of a distilled audio encoder with both caches (what stage1.py does), with one of them, and
-with neither (every file decoded again in every epoch, the frozen teacher run again for every batch). The corpus is made
-up by demo.py, and the encoders are the demo's small ones. This teacher has 0.1 M parameters; so one of RoBERTa-large's
-size, with random weights, is timed too, over the same utterances.
+Every epoch here is one of magtkd.train, the training loop of both stages, on the CPU. The ways that are compared take
+turns, epoch by epoch: what else happens on the machine meets them all alike. Their losses are kept beside the seconds.
 
-Stage 2: utterances per second of an epoch of MAGT at D = 768, random vectors in conversations of IEMOCAP's
-(reconstructed) lengths: batches at random or of similar length, padding in all layers or in attention alone (packed).
-Both as stage2.py trains: Eq. 25, clipping, AdamW. And the share of padding in batches of the demo's prompts and sound,
-and of conversations.
+Stage 1: an epoch of a distilled audio encoder with both caches (what stage 1 does), with one of them, and with neither:
+then every file is decoded again in every epoch, and the frozen teacher runs again for every batch. The corpus is
+the demo's made-up one, and the encoders are the demo's small ones. This teacher has 0.1 M parameters; so one of
+RoBERTa-large's size, with random weights, is timed too, on the same utterances.
+
+Stage 2: an epoch of MAGT at D = 768, on random features in conversations of IEMOCAP's lengths: attention on padded
+batches, attention per conversation (what stage 2 does), and the same in bfloat16, if the processor multiplies in it.
+
+And the share of padding: in batches of prompts, and in batches of conversations if they were padded.
 """
 
+import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import matplotlib
 import torch
+from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
-import demo
-from bench.grid import CORPORA, MODALITIES, SPEAKERS, WIDTH
-from bench.measure import SEED, THREADS, environment, gemm_rates
-from bench.test_parts import ROBERTA_LARGE
-from data import SPLITS, read_iemocap
-from encoders import AudioEncoder, TextEncoder, save_tiny
-from features import Features
+import losses
+from bench import grid
+from bench.measure import SEED, THREADS, environment, gemm_rates, magt_flops
+from bench.modes import PaddedMAGT, bfloat16_is_fast
+from data import MODALITIES, Conversations, Corpus, FeatureFile, read_iemocap
+from encoders import AudioEncoder, MediaStore, TextEncoder, load_audio
+from extras import demo
+from extras.tiny import save_tiny
 from fusion import MAGT
-from losses import stage1_loss
-from media import MediaStore, load_audio
-from stage1 import Examples, Vectors, encode, make_examples
-from stage2 import Conversations, fusion_losses
-from training import CONFIGS, make_batches, make_optimizer, mixed_precision, optimizer_step, padding_share
+from magtkd import CONFIGS, Examples, Recipe, encode, fusion_losses, make_batches, make_examples, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FIGURES = Path(__file__).parent.parent / "figures"
+ROOT = Path(__file__).parent.parent
+NOT_MEASURED = "not measured"
 CACHES = {  # way: (decoded once, taught once)
     "neither": (False, False),
     "decoded once": (True, False),
     "taught once": (False, True),
     "both": (True, True),
 }
-BATCHES = {  # way: (of similar length, packed)
-    "at random, padded": (False, False),
-    "similar lengths, padded": (True, False),
-    "at random, packed": (False, True),
-    "similar lengths, packed": (True, True),
+FUSIONS = {  # way: (model, precision)
+    "padded, float32": (PaddedMAGT, "float32"),
+    "float32": (MAGT, "float32"),
+    "bfloat16": (MAGT, "bfloat16"),
 }
 
 
-def in_turn(ways: Iterable[str], run: Callable[[str], None]) -> dict[str, float]:
-    """Seconds of run(way), one way after the other: what else happens on the machine meets them all alike."""
-    seconds = {}
-    for way in ways:
-        start = time.perf_counter()
-        run(way)
-        seconds[way] = time.perf_counter() - start
-    return seconds
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rounds: int = 3  # epochs of each way that count; one more comes first and warms up
+    conversations: int = 6  # of the made-up corpus, per session
+    utterances: tuple[int, int] = (10, 18)  # of each of them, fewest and most
+    teacher: tuple[tuple[str, int], ...] = tuple(grid.ROBERTA_LARGE.items())  # of the large teacher
+    corpus: grid.Corpus = grid.CORPORA["IEMOCAP"]  # whose conversations stage 2 takes
+    width: int = grid.WIDTH  # D
+    products: tuple[int, ...] = (1024, 2048, 4096)  # n of the matrix products [n, n] that give the machine's rate
+    shuffles: int = 20  # epochs over which a share of padding is the mean
 
 
-def stage1_epochs(rounds: int = 3) -> dict:
-    """{"seconds": way -> one figure per round, "utterances", "seconds_of_large_teacher"}."""
-    with tempfile.TemporaryDirectory() as folder:
-        demo.write_iemocap(Path(folder) / "corpus", conversations=6)
-        corpus = read_iemocap(Path(folder) / "corpus")
-        paths = save_tiny(Path(folder) / "tiny", [u.text for u in corpus.utterances("train")])
-        everyone = [u for split in SPLITS for u in corpus.utterances(split)]
-        store = MediaStore(Path(folder) / "media", size=48)
-        store.fill(everyone, workers=2)
-        config = CONFIGS["demo"]
-        teacher = TextEncoder(paths["text"], 6, config.width)
-        prompts = make_examples(teacher, "text", corpus, store)
-        taught = encode(teacher, prompts, [u.id for u in everyone])
-        student = AudioEncoder(paths["audio"], 6, config.width)
-        files = {u.id: u.audio for u in everyone}
-        stored = make_examples(student, "audio", corpus, store)
-        decoded = Examples(lambda i: load_audio(files[i]), stored.length)
+TOY = Sizes(
+    rounds=1,
+    conversations=1,
+    utterances=(2, 3),
+    teacher=tuple({**grid.ROBERTA_LARGE, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}.items()),
+    corpus=dataclasses.replace(grid.CORPORA["IEMOCAP"], lengths=(8, 18, 26, 47)),
+    width=32,
+    products=(64,),
+    shuffles=2,
+)
 
-        def run(way: str) -> None:
-            once_decoded, once_taught = CACHES[way]
-            sounds = stored if once_decoded else decoded
-            epoch(student, sounds, corpus, config, taught if once_taught else (teacher, prompts))
 
-        epochs = [in_turn(CACHES, run) for _ in range(1 + rounds)][1:]  # the first round warms up
-        seconds = {way: [s[way] for s in epochs] for way in CACHES}
-        utterances = len(corpus.utterances("train"))
-        return {
-            "seconds": seconds,
-            "utterances": utterances,
-            "seconds_of_large_teacher": large_teacher(prompts, corpus),
-        }
+# One epoch
+
+
+def one_epoch(
+    model: nn.Module, lengths: dict[str, int], loss_terms: Callable, recipe: Recipe, folder: Path, seed: int
+) -> dict:
+    """What magtkd.train logs of an epoch: "seconds", without evaluating and saving, "loss", and more."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it would print a W-F1 on dev, which nobody computes here
+        train(model, lengths, loss_terms, lambda: {"dev_f1": 0.0}, recipe, folder / "model", seed)
+    (folder / "model.resume.pt").unlink()  # the next epoch starts anew
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+
+
+def in_turn(ways: list[str], rounds: int, epoch: Callable[[str, int], dict]) -> dict[str, dict[str, list[float]]]:
+    """{"seconds": {way: one number per round}, "loss": likewise} of epoch(way, round); round 0 warms up."""
+    entries = [{way: epoch(way, number) for way in ways} for number in range(1 + rounds)][1:]
+    return {key: {way: [entry[way][key] for entry in entries] for way in ways} for key in ("seconds", "loss")}
+
+
+# Stage 1
+
+
+def made_up_corpus(sizes: Sizes, folder: Path) -> tuple[Corpus, dict[str, str]]:
+    """The demo's corpus with fewer conversations, and the folders of its small encoders by modality."""
+    demo.write_iemocap(folder / "corpus", conversations=sizes.conversations, utterances=sizes.utterances)
+    corpus = read_iemocap(folder / "corpus")
+    return corpus, save_tiny(folder / "tiny", [u.text for u in corpus.utterances("train")])
+
+
+def stage1_epochs(corpus: Corpus, paths: dict[str, str], sizes: Sizes, folder: Path) -> dict:
+    """{"seconds", "loss" (see in_turn), "utterances", "seconds_of_large_teacher"}."""
+    utterances = {u.id: u for u in corpus.utterances("train")}
+    row = {name: i for i, name in enumerate(utterances)}
+    store = MediaStore(folder / "media", ("audio",))
+    store.fill(list(utterances.values()), workers=2)
+    config, C = CONFIGS["demo"], len(corpus.label_names)
+    teacher, student = TextEncoder(paths["text"], C, config.width), AudioEncoder(paths["audio"], C, config.width)
+    start = {name: x.clone() for name, x in student.state_dict().items()}
+    prompts, sounds = make_examples(teacher, "text", corpus, None), make_examples(student, "audio", corpus, store)
+    answers = encode(teacher, prompts, list(utterances), "float32")  # leaves the teacher in eval mode
+    recipe = Recipe(config.stage1_lr, config.stage1_batch, epochs=1, clip=config.clip, precision="float32")
+
+    def epoch(way: str, number: int) -> dict:
+        decoded_once, taught_once = CACHES[way]
+
+        def loss_terms(ids: list[str]) -> dict[str, Tensor]:
+            clips = [sounds.get(i) if decoded_once else load_audio(utterances[i].audio) for i in ids]
+            features, logits = student(clips)
+            with torch.no_grad():
+                rows = [row[i] for i in ids]
+                taught = [x[rows] for x in answers] if taught_once else teacher([prompts.get(i) for i in ids])
+            labels = torch.tensor([utterances[i].label for i in ids])
+            return {"loss": losses.stage1_loss(logits, labels, features, taught[1], taught[0])}
+
+        student.load_state_dict(start)
+        return one_epoch(student, {i: sounds.lengths[i] for i in utterances}, loss_terms, recipe, folder, number)
+
+    found = in_turn(list(CACHES), sizes.rounds, epoch)
+    seconds = large_teacher(prompts, list(utterances), dict(sizes.teacher))
+    return {**found, "utterances": len(utterances), "seconds_of_large_teacher": seconds}
 
 
 @torch.inference_mode()
-def large_teacher(prompts: Examples, corpus) -> float:
-    """Seconds that a RoBERTa-large with random weights takes for train's prompts, in batches of 4, in eval mode."""
-    model = RobertaModel(RobertaConfig(**ROBERTA_LARGE), add_pooling_layer=False).eval()
-    ids = sorted((u.id for u in corpus.utterances("train")), key=prompts.length)
+def large_teacher(prompts: Examples, ids: list[str], teacher: dict) -> float:
+    """Seconds that a RoBERTa of this configuration with random weights takes for the prompts, in batches of 4."""
+    model = RobertaModel(RobertaConfig(**teacher), add_pooling_layer=False).eval()
+    ids = sorted(ids, key=lambda i: prompts.lengths[i])
     start = time.perf_counter()
     for i in range(0, len(ids), 4):
         tokens = [torch.tensor(prompts.get(j)) for j in ids[i : i + 4]]
@@ -112,131 +164,152 @@ def large_teacher(prompts: Examples, corpus) -> float:
     return time.perf_counter() - start
 
 
-def epoch(student: AudioEncoder, sounds: Examples, corpus, config, teacher: Vectors | tuple) -> None:
-    """One epoch of Eq. 14, with the teacher's vectors or with the teacher itself."""
-    train = corpus.utterances("train")
-    row = {u.id: i for i, u in enumerate(train)}  # train comes first among everyone
-    lengths = [sounds.length(u.id) for u in train]
-    batches = make_batches(lengths, config.stage1_batch)
-    optimizer, schedule = make_optimizer(student, config.stage1_lr, len(batches), 0.1)
-    _, scaler = mixed_precision(torch.device("cpu"))
-    student.train()
-    for batch in batches:
-        ids = [train[i].id for i in batch]
-        features, logits = student(**student.collate([sounds.get(i) for i in ids]))
-        if isinstance(teacher, Vectors):
-            rows = [row[i] for i in ids]
-            t_features, t_logits = teacher.features[rows], teacher.logits[rows]
-        else:
-            model, prompts = teacher
-            with torch.no_grad():
-                t_features, t_logits = model.eval()(**model.collate([prompts.get(i) for i in ids]))
-        labels = torch.tensor([train[i].label for i in batch])
-        loss = stage1_loss(logits, labels, features, t_logits, t_features)
-        optimizer_step(loss, student, optimizer, schedule, scaler, config.clip)
+# Stage 2
 
 
-def stage2_epochs(rounds: int = 3) -> dict:
-    """{"seconds": way -> one figure per round, "utterances", "useful_flops", "gemm_flops_per_s"}."""
-    corpus = CORPORA["IEMOCAP (reconstructed lengths)"]
-    lengths, config = torch.tensor(corpus.lengths), CONFIGS["iemocap"]
-    n = int(lengths.sum())
-    features = Features(
-        vectors={m: torch.randn(n, WIDTH) for m in MODALITIES},
-        present={m: torch.ones(n, dtype=torch.bool) for m in MODALITIES},
-        label=torch.randint(0, corpus.classes, (n,)),
-        speaker=torch.randint(0, SPEAKERS, (n,)),
+def random_conversations(corpus: grid.Corpus, width: int) -> Conversations:
+    """Random features, labels and speakers in conversations of the corpus's lengths, all in train."""
+    lengths, N = torch.tensor(corpus.lengths), sum(corpus.lengths)
+    file = FeatureFile(
+        features={m: torch.randn(N, width) for m in MODALITIES},
+        present={m: torch.ones(N, dtype=torch.bool) for m in MODALITIES},
+        label=torch.randint(0, corpus.classes, (N,)),
+        speaker=torch.arange(N) % grid.SPEAKERS,
         conversation=torch.arange(len(lengths)).repeat_interleave(lengths),
-        split=torch.zeros(n, dtype=torch.int64),
+        split=torch.zeros(N, dtype=torch.int64),
         label_names=[str(i) for i in range(corpus.classes)],
-        speaker_names=[str(i) for i in range(SPEAKERS)],
+        speaker_names=[str(i) for i in range(grid.SPEAKERS)],
         conversation_names=[str(i) for i in range(len(lengths))],
-        utterance_names=[str(i) for i in range(n)],
+        utterance_names=[str(i) for i in range(N)],
     )
-    data = Conversations(features, MODALITIES, torch.device("cpu"))
-    model = MAGT(corpus.config).train()
-    steps = len(corpus.batches()) * (1 + rounds) * len(BATCHES)
-    optimizer, schedule = make_optimizer(model, config.stage2_lr, steps, 0.1)
-    _, scaler = mixed_precision(torch.device("cpu"))
-
-    def run(way: str) -> None:
-        similar, packed = BATCHES[way]
-        batch = data.batch(next(epochs[similar, packed]))
-        places = batch.inputs[-1] if packed else torch.arange(batch.labels.numel())  # all: padding too
-        loss = fusion_losses(model(*batch.inputs[:-1], places), batch, config)["total"]
-        optimizer_step(loss, model, optimizer, schedule, scaler, config.clip)
-
-    seconds = {way: [] for way in BATCHES}
-    for _ in range(1 + rounds):
-        epochs = {}
-        for similar, packed in BATCHES.values():
-            epochs[similar, packed] = iter(make_batches(corpus.lengths if similar else [1] * len(lengths), 16))
-        steps_of_epoch = [in_turn(BATCHES, run) for _ in range(len(corpus.batches()))]
-        for way in BATCHES:
-            seconds[way].append(sum(step[way] for step in steps_of_epoch))
-    seconds = {way: s[1:] for way, s in seconds.items()}  # the first round warms up
-    useful = 3 * corpus.valid_flops([list(corpus.lengths)]).total
-    return {"seconds": seconds, "utterances": n, "useful_flops": useful, "gemm_flops_per_s": gemm_rates("cpu")}
+    return Conversations(file, MODALITIES, torch.device("cpu"))
 
 
-def padding(shuffles: int = 20) -> dict[str, dict[str, float]]:
-    """Mean share of padding in batches at random and of similar length: {what: {"at random", "similar lengths"}}."""
-    with tempfile.TemporaryDirectory() as folder:
-        demo.write_iemocap(Path(folder) / "corpus", conversations=20)  # the demo's own
-        corpus = read_iemocap(Path(folder) / "corpus")
-        paths = save_tiny(Path(folder) / "tiny", [u.text for u in corpus.utterances("train")])
-        prompts = make_examples(TextEncoder(paths["text"], 6, 64), "text", corpus, None)
-        train = corpus.utterances("train")
-        kinds = {
-            "prompts": [prompts.length(u.id) for u in train],
-            "sound": [len(load_audio(u.audio)) for u in train],
-            **{name: list(c.lengths) for name, c in CORPORA.items()},
-        }
-    torch.manual_seed(SEED)
+def stage2_epochs(sizes: Sizes, folder: Path) -> dict:
+    """{"seconds", "loss" (see in_turn), "utterances", "useful_flops", "gemm_flops_per_s"}.
 
-    def mean(lengths: list[int], keys: list[int]) -> float:
+    A way that is not measured here has None for its seconds and its loss. useful_flops: of an epoch, without padding.
+    """
+    corpus, config = sizes.corpus, sizes.corpus.config
+    data, fusion = random_conversations(corpus, sizes.width), corpus.fusion(sizes.width)
+    models = {build: build(fusion) for build in (MAGT, PaddedMAGT)}
+    start = {name: x.clone() for name, x in models[MAGT].state_dict().items()}
+
+    def epoch(way: str, number: int) -> dict:
+        build, precision = FUSIONS[way]
+        model = models[build]
+
+        def loss_terms(names: list[str]) -> dict[str, Tensor]:
+            batch = data.batch(names)
+            return fusion_losses(model(*batch.inputs), batch, config)
+
+        model.load_state_dict(start)
+        recipe = Recipe(config.stage2_lr, config.stage2_batch, epochs=1, clip=config.clip, precision=precision)
+        return one_epoch(model, dict.fromkeys(data.splits["train"], 1), loss_terms, recipe, folder, number)
+
+    ways = [way for way, (_, precision) in FUSIONS.items() if precision == "float32" or bfloat16_is_fast("cpu")]
+    found = in_turn(ways, sizes.rounds, epoch)
+    facts = {"utterances": sum(corpus.lengths), "useful_flops": 3 * magt_flops(fusion, list(corpus.lengths)).total}
+    rates = gemm_rates("cpu", sizes.products)
+    return {key: {way: x.get(way) for way in FUSIONS} for key, x in found.items()} | facts | {"gemm_flops_per_s": rates}
+
+
+# Padding
+
+
+def padding_share(lengths: dict[str, int], batches: list[list[str]]) -> float:
+    """The share of padding where each batch is padded to its longest example."""
+    padded = sum(len(batch) * max(lengths[name] for name in batch) for batch in batches)
+    return 1 - sum(lengths.values()) / padded
+
+
+def padding(corpus: Corpus, paths: dict[str, str], shuffles: int) -> dict[str, dict[str, float]]:
+    """Mean share of padding in batches of 16: {what: {"at random", "similar lengths"}}."""
+    prompts = make_examples(TextEncoder(paths["text"], 6, 64), "text", corpus, None)
+    kinds = {"prompts": {u.id: prompts.lengths[u.id] for u in corpus.utterances("train")}}
+    kinds |= {name: {str(i): n for i, n in enumerate(c.lengths)} for name, c in grid.CORPORA.items()}
+
+    def mean(lengths: dict[str, int], keys: dict[str, int]) -> float:
         return sum(padding_share(lengths, make_batches(keys, 16)) for _ in range(shuffles)) / shuffles
 
-    return {name: {"at random": mean(x, [1] * len(x)), "similar lengths": mean(x, x)} for name, x in kinds.items()}
+    torch.manual_seed(SEED)
+    return {
+        name: {"at random": mean(lengths, dict.fromkeys(lengths, 1)), "similar lengths": mean(lengths, lengths)}
+        for name, lengths in kinds.items()
+    }
+
+
+# Output
 
 
 def figure(result: dict, path: Path) -> None:
-    """A bar per way: the median of the rounds, the rounds as dots."""
+    """A bar per way: the median of the rounds, the rounds as dots. Hatched: what the two stages do."""
     one, two = result["stage1"], result["stage2"]
-    speeds = {way: [two["utterances"] / s for s in seconds] for way, seconds in two["seconds"].items()}
-    fig, axes = plt.subplots(2, 1, figsize=(6.5, 5))
+    speeds = {way: s and [two["utterances"] / x for x in s] for way, s in two["seconds"].items()}
+    fig, axes = plt.subplots(2, 1, figsize=(6.5, 4.5))
     bars(axes[0], one["seconds"], "both")
     axes[0].set_xlabel(
         f"stage 1: seconds per epoch of {one['utterances']} utterances\n(made-up corpus, small encoders)"
     )
-    bars(axes[1], speeds, "similar lengths, packed")
-    axes[1].set_xlabel("stage 2: utterances per second\n(MAGT, D = 768, IEMOCAP's reconstructed lengths)")
+    bars(axes[1], speeds, "float32")
+    axes[1].set_xlabel(f"stage 2: utterances per second\n(MAGT, D = {two['width']}, IEMOCAP's lengths)")
     fig.tight_layout()
     fig.savefig(path, dpi=130)
+    plt.close(fig)
 
 
-def bars(ax, values: dict[str, list[float]], ours: str) -> None:
-    for place, (way, numbers) in enumerate(values.items()):
-        ax.barh(place, median(numbers), color="white", edgecolor="black", hatch="//" if way == ours else "")
-        ax.plot(numbers, [place] * len(numbers), "k.")
+def bars(ax: plt.Axes, values: dict[str, list[float] | None], ours: str) -> None:
+    for y, (way, numbers) in enumerate(values.items()):
+        if numbers is None:
+            ax.text(0, y, f" {NOT_MEASURED}", va="center")
+            continue
+        ax.barh(y, median(numbers), color="white", edgecolor="black", hatch="//" if way == ours else "")
+        ax.plot(numbers, [y] * len(numbers), "k.")
     ax.set_yticks(range(len(values)), values)
     ax.invert_yaxis()
 
 
-if __name__ == "__main__":
+def summary(result: dict) -> str:
+    """A line per way."""
+    one, two = result["stage1"], result["stage2"]
+    n, large = one["utterances"], one["seconds_of_large_teacher"]
+    lines = [f"stage 1, {way}: {median(s):.2f} s per epoch of {n} utterances" for way, s in one["seconds"].items()]
+    lines.append(f"a teacher of RoBERTa-large's size: {large:.1f} s more per epoch, if not taught once")
+    for way, seconds in two["seconds"].items():
+        if seconds is None:
+            lines.append(f"stage 2, {way}: {NOT_MEASURED}")
+            continue
+        rate = two["useful_flops"] / median(seconds)
+        shares = ", ".join(f"{rate / r:.2f} ({size})" for size, r in two["gemm_flops_per_s"].items())
+        speed = two["utterances"] / median(seconds)
+        lines.append(f"stage 2, {way}: {speed:.0f} utterances/s; share of the rates of float32 products: {shares}")
+    for what, share in result["padding"].items():
+        lines.append(f"padding of {what}: " + ", ".join(f"{x:.0%} {how}" for how, x in share.items()))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="toy sizes, in seconds: tries the command, measures nothing")
+    parser.add_argument("--out", type=Path, help="folder of results (docs/figures; with --toy runs/speed-toy)")
+    options = parser.parse_args(argv)
+    sizes = TOY if options.toy else Sizes()
+    out = options.out or ROOT / ("runs/speed-toy" if options.toy else "docs/figures")
+
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
-    result = {"machine": environment("cpu"), "stage1": stage1_epochs(), "stage2": stage2_epochs()}
-    result["padding"] = padding()
-    (FIGURES / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure(result, FIGURES / "speed.png")
-    one, two = result["stage1"], result["stage2"]
-    for way, seconds in one["seconds"].items():
-        print(f"stage 1, {way}: {median(seconds):.2f} s per epoch of {one['utterances']} utterances")
-    print(
-        f"a teacher of RoBERTa-large's size: {one['seconds_of_large_teacher']:.1f} s more per epoch, if not taught once"
-    )
-    for way, seconds in two["seconds"].items():
-        rate = two["useful_flops"] / median(seconds)
-        shares = ", ".join(f"{rate / r:.2f} of {n}'s" for n, r in two["gemm_flops_per_s"].items())
-        print(f"stage 2, {way}: {two['utterances'] / median(seconds):.0f} utterances/s; share of the rates: {shares}")
+    result = {"toy": options.toy, "machine": environment("cpu")}
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, paths = made_up_corpus(sizes, Path(folder))
+        result["stage1"] = stage1_epochs(corpus, paths, sizes, Path(folder))
+        result["stage2"] = {"width": sizes.width, **stage2_epochs(sizes, Path(folder))}
+        result["padding"] = padding(corpus, paths, sizes.shuffles)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure(result, out / "speed.png")
+    print(summary(result))
+    print(f"Written: {out / 'speed.json'} and speed.png")
+
+
+if __name__ == "__main__":
+    main()

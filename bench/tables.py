@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 
 from bench.grid import COUNTED, FRAMES, MAGT_, MATCHED, PUBLISHED, PUBLISHED_FRAMES, TIMED, UTTERANCES
+from bench.modes import MODES, STAGE2_MODES
 from bench.verdicts import per_utterance, select, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
-MODES = ("eager", "torch.compile", "CUDA graph")
-STAGE2_MODES = ("at random, padded", "similar lengths, padded", "at random, packed", *MODES)  # the last three: both
 
 
 def results_path(environment: dict) -> Path:
@@ -132,12 +131,12 @@ def grid_table(rows: list[dict]) -> str:
 def corpus_table(rows: list[dict]) -> str:
     body, mult = [], select(rows, "count", PUBLISHED)
     for corpus in dict.fromkeys(row["corpus"] for row in of_kind(rows, "corpus")):
-        for padded, how in ((True, "padded to the longest of the batch"), (False, "without padding")):
+        for padded, how in ((True, "padded attention"), (False, "attention per conversation")):
             (row,) = of_kind(rows, "corpus", corpus=corpus, padded=padded)
             body.append(
                 [
                     f"{corpus}: MAGT, {how}",
-                    f"{row['epoch_slots'] / row['epoch_utterances']:.2f}",
+                    f"{row['epoch_attention_rows'] / row['epoch_utterances']:.2f}",
                     f"{row['epoch_flops'] / 1e12:.3f}",
                     f"{row['epoch_flops_attention'] / row['epoch_flops']:.2%}",
                     f"{row['bytes'] / row['utterances'] / 1e6:.3f}",
@@ -160,9 +159,9 @@ def corpus_table(rows: list[dict]) -> str:
             )
     head = ["", "attention's rows per utterance", "TFLOP", "attention's share", "kept, MB per utterance"]
     text = (
-        "Conversation lengths of MELD are the true ones. Those of IEMOCAP are a reconstruction from published "
-        "statistics, not the true list. Bytes and times are of the batch of median size. MulT's lengths are those of "
-        "its paper, not the corpora's. In MAGT attention alone works on padding.\n\n"
+        "Conversations have the corpora's own lengths; batches are at random, as in stage 2. Padded attention is one "
+        "call per block, on the batch padded to its longest conversation; all other layers work without padding. Bytes "
+        "and times are of the batch of median padded size. MulT's lengths are those of its own paper.\n\n"
     )
     return text + table([*head, "forward, ms per utterance"], body)
 
@@ -184,10 +183,11 @@ def stage2_table(rows: list[dict]) -> str:
                 line = [r["utterances"], seconds(r), f"{r['utterances'] / r['seconds']:,.0f}", *shares]
             body.append([f"{corpus}, {mode}", *line])
     text = (
-        "Forward, Eq. 25 with the teacher detached, backward, AdamW. The batches hold conversations at random, or of "
-        "similar length as in stage2.py. Padded: all layers work on padding; packed, as in fusion.py: attention alone. "
-        "The shares count three forward passes over the utterances that are there, not over padding, and none of the "
-        "loss's own products; of the rate of the machine's best matrix product, and of products as large as MAGT's.\n\n"
+        "Forward, Eq. 25 with the teacher detached, backward, clipping, AdamW, on a batch at random. eager: fusion.py "
+        "as it stands, attention per conversation, float32; padded: likewise, with padded attention; bfloat16: as "
+        "eager, under autocast, measured where the processor multiplies in it; torch.compile and CUDA graph: as eager, "
+        "measured on CUDA. The shares count three forward passes without padding and without the losses' own products; "
+        "of the rate of the machine's best float32 matrix product, and of products as large as MAGT's.\n\n"
     )
     return text + table(["", "utterances", "ms", "utterances/s", "share of the best rate", "of its own sizes'"], body)
 

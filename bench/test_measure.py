@@ -10,31 +10,34 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import lengths
-from bench.grid import CORPORA, MAGT_, MATCHED, MEMORIES, MODALITIES, PUBLISHED, Case, conversations, utterances
+from bench.grid import CORPORA, MAGT_, MATCHED, MEMORIES, PUBLISHED, Case, conversations, utterances
 from bench.measure import Flops, bytes_for_backward, count_with_fvcore, count_with_torch, magt_flops, mult_flops
 from bench.mult import MulT, MulTConfig
+from data import MODALITIES
 from fusion import MAGT, FusionConfig
 
 SMALL = [Case(MAGT_, 4, 16), Case(MATCHED, 3, 16), Case(MEMORIES, 3, 16), Case(PUBLISHED, (2, 3, 5), 40)]
 
 
 def test_flops_by_hand():
-    """MAGT with text alone, D = 2, on one conversation of 3 utterances. Key and value count as two linear layers."""
+    """MAGT with text alone, D = 2, on conversations of 3 and 1 utterances. Key and value count as two linear layers."""
     config = FusionConfig({"text": 2}, num_classes=5, num_speakers=1, width=2, heads=1)
-    one_linear = 2 * 3 * 2 * 2  # rows, in, out
-    block, gate, merge, classifier = 6 * one_linear, one_linear, one_linear, 2 * 3 * 2 * 5
-    assert magt_flops(config, 1, 3) == Flops(attention=2 * (2 * 3 * 3 * 2), linear=block + gate + merge + classifier)
+    one_linear = 2 * 4 * 2 * 2  # rows, in, out
+    block, gate, merge, classifier = 6 * one_linear, one_linear, one_linear, 2 * 4 * 2 * 5
+    attention = 2 * (2 * 3 * 3 * 2) + 2 * (2 * 1 * 1 * 2)
+    assert magt_flops(config, [3, 1]) == Flops(attention, linear=block + gate + merge + classifier)
 
 
+@pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("modalities", [1, 2, 3])
-def test_three_counts_agree_where_widths_differ(modalities):
-    widths = dict(zip(MODALITIES[:modalities], (12, 16, 20)))
+def test_three_counts_agree_where_widths_and_lengths_differ(modalities, missing):
+    widths, lengths = dict(zip(MODALITIES[:modalities], (12, 16, 20))), [7, 1, 4]
     with torch.device("meta"):
         magt = MAGT(FusionConfig(widths, 5, 3, width=16, heads=4))
-        features = {m: torch.empty(2, 7, width) for m, width in widths.items()}
-        mask, places = torch.ones(2, 7, dtype=torch.bool), torch.arange(14)
-        inputs = features, torch.zeros(2, 7, dtype=torch.int64), mask, dict.fromkeys(widths, mask), places
-    assert count_with_torch(magt, inputs) == count_with_fvcore(magt, inputs) == magt_flops(magt.config, 2, 7)
+        features = {m: torch.empty(12, width) for m, width in widths.items()}
+        present = dict.fromkeys(list(widths)[1:], torch.ones(12, dtype=torch.bool)) if missing else {}
+        inputs = features, torch.zeros(12, dtype=torch.int64), lengths, present
+    assert count_with_torch(magt, inputs) == count_with_fvcore(magt, inputs) == magt_flops(magt.config, lengths)
 
 
 def test_three_counts_agree_on_two_modalities_of_mult():
@@ -91,27 +94,32 @@ def test_bytes_by_hand():
 
 
 def test_lengths_are_those_of_the_corpora():
-    counts = {"train": (1038, 9989), "dev": (114, 1109), "test": (280, 2610)}
-    assert {split: (len(many), sum(many)) for split, many in lengths.MELD.items()} == counts
+    counts = {
+        "IEMOCAP": {"train": (108, 5163), "dev": (12, 647), "test": (31, 1623)},
+        "MELD": {"train": (1038, 9989), "dev": (114, 1109), "test": (280, 2610)},
+    }
+    for name, expected in counts.items():
+        splits = getattr(lengths, name)
+        assert {split: (len(many), sum(many)) for split, many in splits.items()} == expected
+        assert CORPORA[name].lengths == tuple(splits["train"])
+    everyone = sum(lengths.IEMOCAP.values(), [])
+    assert (min(everyone), median(everyone), max(everyone)) == (8, 47, 110)
     assert (min(lengths.MELD["test"]), max(lengths.MELD["test"])) == (1, 33)
-
-    train, test = lengths.IEMOCAP_RECONSTRUCTED["train"], lengths.IEMOCAP_RECONSTRUCTED["test"]
-    assert (len(train), sum(train), len(test), sum(test)) == (120, 5810, 31, 1623)
-    assert (min(train + test), max(train + test), median(train)) == (8, 110, 47)
 
 
 @pytest.mark.parametrize("name", CORPORA)
 def test_epochs_hold_every_conversation_once(name):
     corpus = CORPORA[name]
-    assert sorted(n for batch in corpus.batches() for n in batch) == sorted(corpus.lengths)
-    assert corpus.typical_batch() in corpus.batches()
-    padded, valid = corpus.padded_flops(corpus.batches()), corpus.valid_flops(corpus.batches())
-    assert padded.attention > valid.attention and padded.linear == valid.linear
+    assert sorted(n for batch in corpus.epoch() for n in batch) == sorted(corpus.lengths)
+    assert corpus.typical_batch() in corpus.epoch()
+    sizes = [len(batch) * max(batch) for batch in corpus.epoch()]
+    size = len(corpus.typical_batch()) * max(corpus.typical_batch())
+    assert sum(s < size for s in sizes) <= len(sizes) / 2 and sum(s > size for s in sizes) < len(sizes) / 2
 
 
-def test_padding_is_marked():
-    features, speakers, mask, present, places = conversations([3, 1], 16, "cpu")
-    assert mask.tolist() == [[True, True, True], [True, False, False]]
-    assert places.tolist() == [0, 1, 2, 3] and all(x is mask for x in present.values())
-    assert speakers[~mask].eq(-1).all() and speakers[mask].ge(0).all()
-    assert {x.shape for x in features.values()} == {(2, 3, 16)}
+def test_conversations_are_what_magt_takes():
+    features, speakers, many, present = inputs = conversations([3, 1], 16, "cpu")
+    assert many == [3, 1] and present == {} and {x.shape for x in features.values()} == {(4, 16)}
+    assert speakers.min() >= 1  # 0 is a speaker never seen in training
+    logits = Case(MAGT_, 4, 16).model("cpu")(*inputs).logits
+    assert {m: x.shape for m, x in logits.items()} == dict.fromkeys(MODALITIES, (4, 6))

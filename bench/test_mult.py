@@ -72,6 +72,7 @@ def plain_mult(model: MulT, frames: dict[str, Tensor]) -> Tensor:
 def test_equals_the_plain_implementation(changes):
     model = make(**changes)
     frames, masks = utterances([FRAMES] * 3, WIDTHS, "cpu")
+    torch.testing.assert_close(model(frames), plain_mult(model, frames), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(frames, masks), plain_mult(model, frames), rtol=1e-5, atol=1e-5)
 
 

@@ -1,23 +1,34 @@
 """Padding and our own parts: each loss, a stage-2 step, the latency of one conversation, and what the encoders cost.
 
-Padding is checked where it is timed: a conversation (MAGT) or an utterance (MulT) in a padded batch must get the logits
-that it gets alone. Not here: losses.stage2_loss, which adds three scalars.
+Padding is checked where it is timed: in a batch, a conversation (MAGT) or an utterance (MulT) must get the logits that
+it gets alone. Not here: losses.stage2_loss, which adds three scalars.
 """
 
 from functools import partial
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import losses
-from bench.grid import CORPORA, DEVICE, MATCHED, MODALITIES, PUBLISHED, WIDTH, Case, conversations, utterances
+from bench.grid import (
+    CORPORA,
+    DEVICE,
+    ENCODERS,
+    MATCHED,
+    PUBLISHED,
+    WIDTH,
+    Case,
+    conversations,
+    encoder,
+    utterances,
+)
 from bench.measure import bytes_for_backward, count_with_fvcore, count_with_torch, magt_flops, mult_flops
+from bench.modes import MODES, STAGE2_MODES, PaddedMAGT, can_run, captured, padded_flops, stage2_loss_of, stage2_step
+from data import MODALITIES
 from fusion import MAGT, TEXT
 
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
-MODES = ["eager", pytest.param("torch.compile", marks=needs_cuda), pytest.param("CUDA graph", marks=needs_cuda)]
 
 
 def params(model: nn.Module) -> int:
@@ -27,50 +38,45 @@ def params(model: nn.Module) -> int:
 # Padding
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "one by one"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "per conversation"])
 @pytest.mark.parametrize("name", CORPORA)
 def test_corpus(row, timed, name, padded):
-    """MAGT on the corpus's typical batch, padded to its longest conversation or one conversation after the other."""
+    """MAGT on the corpus's typical batch: attention on the batch padded to its longest, or per conversation."""
     corpus = CORPORA[name]
-    batch, epoch = corpus.typical_batch(16 if timed else 2), corpus.batches()
-    model, together = MAGT(corpus.config).to(DEVICE), conversations(batch, WIDTH, DEVICE)
-    alone = [one_conversation(together, i, length) for i, length in enumerate(batch)]
-    calls = [together] if padded else alone
+    batch, epoch = corpus.typical_batch()[: None if timed else 2], corpus.epoch()
+    build, closed_form = (PaddedMAGT, padded_flops) if padded else (MAGT, magt_flops)
+    model, inputs = build(corpus.fusion()).to(DEVICE), conversations(batch, WIDTH, DEVICE)
 
-    flops = corpus.padded_flops if padded else corpus.valid_flops
-    on_meta = MAGT(corpus.config).to("meta"), conversations(batch, WIDTH, "meta")
-    assert count_with_torch(*on_meta) == count_with_fvcore(*on_meta) == corpus.padded_flops([batch])
-    kept = sum(bytes_for_backward(model, inputs, model.parameters()) for inputs in calls)
+    on_meta = build(corpus.fusion()).to("meta"), conversations(batch, WIDTH, "meta")
+    assert count_with_torch(*on_meta) == count_with_fvcore(*on_meta) == closed_form(corpus.fusion(), batch)
+    kept = bytes_for_backward(model, inputs, model.parameters())
     model.eval()
-    outputs = row(
-        lambda: [model(*inputs) for inputs in calls],
+    of_epoch = [closed_form(corpus.fusion(), one) for one in epoch]
+    out = row(
+        lambda: model(*inputs),
         3,
         kind="corpus",
         corpus=name,
         padded=padded,
         utterances=sum(batch),
-        flops=flops([batch]).total,
+        flops=closed_form(corpus.fusion(), batch).total,
         bytes=kept,
         params=params(model),
         epoch_utterances=sum(corpus.lengths),
-        epoch_slots=sum(len(batch) * max(batch) for batch in epoch) if padded else sum(corpus.lengths),
-        epoch_flops=flops(epoch).total,
-        epoch_flops_attention=flops(epoch).attention,
+        epoch_attention_rows=sum(len(one) * max(one) if padded else sum(one) for one in epoch),
+        epoch_flops=sum(flops.total for flops in of_epoch),
+        epoch_flops_attention=sum(flops.attention for flops in of_epoch),
     )
-    for i, (one, length) in enumerate(zip(alone, batch)):
-        for m, logits in model(*one).logits.items():
-            got = outputs[0].logits[m][i, :length] if padded else outputs[i].logits[m][0]
-            torch.testing.assert_close(got, logits[0], rtol=1e-4, atol=1e-4)
+    alone = [model(*one).logits for one in one_by_one(inputs)]
+    for m, logits in out.logits.items():
+        torch.testing.assert_close(logits, torch.cat([one[m] for one in alone]), rtol=1e-4, atol=1e-4)
 
 
-def one_conversation(inputs: tuple, i: int, length: int) -> tuple:
-    """Conversation i of a batch, without its padding: [1, length, ..]."""
-    features, speakers, mask, *_ = inputs
-
-    def cut(x: Tensor) -> Tensor:
-        return x[i : i + 1, :length].clone()  # a view would keep the whole batch for the backward pass
-
-    return {m: cut(x) for m, x in features.items()}, cut(speakers), cut(mask)
+def one_by_one(inputs: tuple) -> list[tuple]:
+    """The conversations of a batch, each as a batch of its own."""
+    features, speakers, lengths, _ = inputs
+    parts = zip(zip(*(x.split(lengths) for x in features.values())), speakers.split(lengths), lengths)
+    return [(dict(zip(features, xs)), s, [length], {}) for xs, s, length in parts]
 
 
 @pytest.mark.parametrize("case", [Case(MATCHED, 20), Case(PUBLISHED, 20, width=40)], ids=str)
@@ -137,79 +143,37 @@ def test_loss(row, timed, name, B):
 # Stage 2
 
 
-@pytest.mark.parametrize("mode", ["at random, padded", "similar lengths, padded", "at random, packed", *MODES])
+@pytest.mark.parametrize("mode", [mode for mode in STAGE2_MODES if can_run(mode, DEVICE)])
 @pytest.mark.parametrize("name", CORPORA)
 def test_stage2_step(row, rates, timed, name, mode):
-    """Eq. 25 with the teacher detached, and AdamW, on a typical batch of 16 conversations.
-
-    Of similar length and packed, where the mode does not say otherwise.
-    """
+    """Eq. 25 with the teacher detached, clipping and AdamW, on a typical batch of 16 conversations."""
     corpus = CORPORA[name]
-    batch = corpus.typical_batch(16 if timed else 2, similar=not mode.startswith("at random"))
-    model = MAGT(corpus.config).to(DEVICE)
-    padded = mode.endswith("padded")
-    inputs = conversations(batch, WIDTH, DEVICE, padded)
-    valid = inputs[2].flatten().nonzero().squeeze(1)  # indices and not a mask: their number is known to a CUDA graph
-    labels = torch.randint(0, corpus.classes, (len(valid),), device=DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=DEVICE == "cuda")
-
-    def total_loss(*inputs) -> Tensor:
-        logits, hidden = ({m: x.flatten(0, 1).index_select(0, valid) for m, x in y.items()} for y in model(*inputs))
-        teacher = logits[TEXT].detach(), hidden[TEXT].detach()
-        kd = {m: losses.distillation_loss(logits[m], hidden[m], *teacher) for m in ("audio", "video")}
-        l_ce = losses.cross_entropy(logits[TEXT], labels)
-        return losses.stage2_loss(l_ce, kd["audio"], kd["video"], corpus.alpha, corpus.beta)
-
-    kept = bytes_for_backward(total_loss, inputs, model.parameters())
-    forward = torch.compile(total_loss) if mode == "torch.compile" else total_loss
-
-    def step():
-        optimizer.zero_grad()
-        loss = forward(*inputs)
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    lengths = corpus.typical_batch()[: None if timed else 2]
+    build, closed_form = (PaddedMAGT, padded_flops) if mode == "padded" else (MAGT, magt_flops)
+    model, batch = build(corpus.fusion()).to(DEVICE), corpus.batch(lengths, DEVICE)
+    loss = stage2_loss_of(model, batch, corpus.config, mode)
+    kept = bytes_for_backward(loss, batch.inputs, model.parameters())
     row(
-        captured(step) if mode == "CUDA graph" else step,
+        stage2_step(model, batch, corpus.config, mode),
         5,
         kind="stage2",
         corpus=name,
         mode=mode,
-        utterances=sum(batch),
+        utterances=sum(lengths),
         params=params(model),
-        padding=1 - sum(batch) / (len(batch) * max(batch)),
-        flops=(magt_flops(corpus.config, *inputs[2].shape) if padded else corpus.padded_flops([batch])).total,
-        useful_flops=3 * corpus.valid_flops([batch]).total,  # forward and backward, of the utterances that are there
+        padding=1 - sum(lengths) / (len(lengths) * max(lengths)) if mode == "padded" else 0.0,
+        flops=closed_form(corpus.fusion(), lengths).total,
+        useful_flops=3 * magt_flops(corpus.fusion(), lengths).total,  # forward and backward, without padding
         gemm_flops_per_s=rates,
         bytes=kept,
     )
 
 
-def captured(step):
-    """step as one CUDA graph; every replay works on the tensors of the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # lazy initialisations must not be captured
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if can_run(mode, DEVICE)])
 @pytest.mark.parametrize("U", [8, 47, 110])  # IEMOCAP's shortest, median and longest conversation
 def test_latency(row, U, mode):
     """One conversation in, its predictions out."""
-    config = CORPORA["MELD"].config
+    config = CORPORA["MELD"].fusion()
     model, inputs = MAGT(config).to(DEVICE).eval(), conversations([U], WIDTH, DEVICE)
     forward = torch.compile(model) if mode == "torch.compile" else model
 
@@ -219,7 +183,7 @@ def test_latency(row, U, mode):
 
     kept = bytes_for_backward(predict, inputs, model.parameters())  # none
     run = partial(predict, *inputs)
-    flops = magt_flops(config, 1, U).total
+    flops = magt_flops(config, [U]).total
     row(
         captured(run) if mode == "CUDA graph" else run,
         20,
@@ -232,43 +196,7 @@ def test_latency(row, U, mode):
     )
 
 
-# The encoders, which make the utterance vectors that MAGT starts from
-
-ROBERTA_LARGE = {
-    "vocab_size": 50265,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-}
-ENCODERS = {  # name: (model of the published size with random weights, shape of one utterance's input)
-    "RoBERTa-large, 256 tokens": (
-        lambda: transformers.RobertaModel(transformers.RobertaConfig(**ROBERTA_LARGE), add_pooling_layer=False),
-        (256,),
-    ),
-    "Data2Vec-audio-base, 5 s at 16 kHz": (
-        # Without what is random: it leaves out layers, and frames.
-        lambda: transformers.Data2VecAudioModel(
-            transformers.Data2VecAudioConfig(layerdrop=0.0, apply_spec_augment=False)
-        ),
-        (80_000,),
-    ),
-    "TimeSformer-base, 8 frames of 224 x 224": (
-        lambda: transformers.TimesformerModel(transformers.TimesformerConfig()),
-        (8, 3, 224, 224),
-    ),
-}
-
-
-def encoder(name: str, device: str) -> tuple[nn.Module, Tensor]:
-    """The model, in training mode, and a batch of 4 utterances (Table 1)."""
-    build, shape = ENCODERS[name]
-    with torch.device(device):
-        inputs = torch.full((4, *shape), 5) if "tokens" in name else torch.randn(4, *shape)  # any token will do
-        return build().train(), inputs
+# The encoders, whose features MAGT starts from
 
 
 def encoder_facts(name: str) -> dict:

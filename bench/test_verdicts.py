@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.grid import COUNTED, FRAMES, MAGT_, MATCHED, PUBLISHED, SAMPLES, TIMED, UTTERANCES, Case
+from bench.grid import CORPORA, COUNTED, FRAMES, MAGT_, MATCHED, PUBLISHED, SAMPLES, TIMED, UTTERANCES, Case
 from bench.tables import RESULTS, load, markdown, results_path
 from bench.verdicts import RIGHT, TERM, cheaper_from, cheaper_in_time_from, exponent, judge, verdicts
 
@@ -75,6 +75,9 @@ def test_stored_results_are_those_of_this_code(path):
     for case in COUNTED:
         flops, r = case.flops(SAMPLES), stored[case.variant, json.dumps(case.length), case.width]
         assert (r["flops_attention"], r["flops_linear"]) == flops
+    utterances = {name: sum(corpus.lengths) for name, corpus in CORPORA.items()}
+    assert {r["corpus"]: r["epoch_utterances"] for r in rows if r["kind"] == "corpus"} == utterances
+    assert {r["corpus"] for r in rows if r["kind"] == "stage2"} == utterances.keys()
     for kind in ("forward", "step"):
         assert [r["name"] for r in rows if r["kind"] == kind] == [f"test_{kind}[{case}]" for case in TIMED]
     assert path.with_suffix(".md").read_text() == markdown(path)

@@ -9,8 +9,8 @@ import statistics
 from fractions import Fraction
 from typing import NamedTuple
 
+from bench import lengths
 from bench.grid import (
-    CORPORA,
     FRAMES,
     MAGT_,
     MATCHED,
@@ -229,7 +229,7 @@ def crossings(rows: list[dict]) -> list[Verdict]:
 
 
 def beyond(rows: list[dict]) -> list[Verdict]:
-    """What the formulas do not speak of: where attention outweighs the rest, weights, the encoders in front."""
+    """What the formulas do not say: where attention outweighs the rest, weights, the encoders in front."""
     magt = select(rows, "count", MAGT_)[UTTERANCES[-1]]
     mult = {v: select(rows, "count", v)[FRAMES[-1]] for v in (MATCHED, PUBLISHED)}
 
@@ -237,7 +237,7 @@ def beyond(rows: list[dict]) -> list[Verdict]:
         """The length at which the attention term is as large as the linear terms: it grows by one power more."""
         return row["length"] * row["flops_linear"] / row["flops_attention"]
 
-    longest = max(max(corpus.lengths) for corpus in CORPORA.values())
+    longest = max(max(split) for corpus in (lengths.IEMOCAP, lengths.MELD) for split in corpus.values())
     stage1 = sum(per_utterance(row, "flops") for row in rows if row["kind"] == "encoder count")
     params = {v: row["params"] for v, row in {MAGT_: magt, **mult}.items()}
     return [
@@ -253,7 +253,7 @@ def beyond(rows: list[dict]) -> list[Verdict]:
             f"fewest: {min(params, key=params.get)}",
         ),
         Verdict(
-            "FLOPs of the three encoders that make an utterance's vectors, which the comparison leaves out",
+            "FLOPs of the three encoders that make an utterance's features, which the comparison leaves out",
             f"{float(stage1) / 1e9:,.0f} G an utterance, "
             f"{float(stage1 / per_utterance(magt, 'flops')):,.0f} times MAGT's",
             "the frames are paid for in stage 1",
