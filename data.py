@@ -11,9 +11,10 @@ Not here: what becomes of words, sound and pictures (encoders.py).
 """
 
 import csv
+import errno
+import io
 import json
 import os
-import pickle
 import random
 import re
 from collections import Counter
@@ -43,8 +44,13 @@ class MediaError(Exception):
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file under a temporary name, then moves it: there is never half a file under its name."""
     part = Path(f"{path}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except (RuntimeError, SafetensorError) as e:  # a full disk, in torch's and safetensors' words
+        raise InputError(f"{path}: cannot be written ({e}); is the disk full? What is whole stays") from e
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_state(path: Path, parts: dict[str, Any], history: list[dict], best: dict) -> None:
@@ -61,9 +67,50 @@ def load_state(path: Path, parts: dict[str, Any]) -> tuple[list[dict], dict] | N
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        return state["history"], state["best"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as e:
+        return list(state["history"]), dict(state["best"])
+    except Exception as e:  # a damaged file makes torch raise nearly anything
         raise InputError(f"{path}: not a checkpoint of this model; delete it, or start again with --fresh") from e
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or else in Windows' cp1252. Errors: InputError for one that is no text."""
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    if "\0" in text:
+        raise InputError(f"{path}: no text in UTF-8 (it has bytes of 0; UTF-16?); save it as UTF-8")
+    return text
+
+
+def read_table(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """A csv, its cells between commas, semicolons or tabs: (names of the columns, [("path:line", row), ..]).
+
+    The case of the columns' names is that of `wanted`. Errors: InputError for a torn row or an unclosed quote.
+    """
+    text, rows = read_text(path), []
+    head = text.lstrip().partition("\n")[0]
+    lines = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    known = {name.lower(): name for name in wanted}
+    try:
+        columns = [known.get(name.strip().lower(), name.strip()) for name in next(lines, [])]
+        if twice := [name for name, n in Counter(columns).items() if n > 1 and name in wanted]:
+            raise InputError(f"{path}: two columns are called {twice[0]}")
+        for cells in lines:
+            where = f"{path}:{lines.line_num}"
+            if cells and len(cells) != len(columns):
+                more = "more" if len(cells) > len(columns) else "fewer"
+                raise InputError(f"{where}: torn row, {more} fields than columns; text with a comma wants quotes")
+            rows += [(where, dict(zip(columns, cells)))] if cells else []
+    except csv.Error as e:
+        raise InputError(f"{path}:{lines.line_num}: torn row ({e}); look for a quote that is not closed") from e
+    return columns, rows
 
 
 @dataclass(frozen=True)
@@ -132,6 +179,9 @@ def read_iemocap(root: Path, seed: int = 0) -> Corpus:
     by_id = {split: tuple(sorted(conversations, key=lambda c: c.id)) for split, conversations in splits.items()}
     if empty := [split for split, conversations in by_id.items() if not conversations]:
         raise InputError(f"IEMOCAP at {root} has no utterance with one of the six emotions for {', '.join(empty)}")
+    ids = Counter(u.id for conversations in by_id.values() for c in conversations for u in c.utterances)
+    if twice := [turn for turn, n in ids.items() if n > 1]:
+        raise InputError(f"IEMOCAP at {root}: turns labelled twice: {_some(twice)}; unpack the label files again")
     return Corpus("IEMOCAP", tuple(IEMOCAP_LABELS), by_id, _notes(counts, by_id))
 
 
@@ -151,7 +201,9 @@ def _read_session(session: Path, counts: Counter) -> list[Conversation]:
 
 
 def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None, counts: Counter) -> Conversation:
-    text = {m[1]: m[4].strip() for line in _lines(words) if (m := WORDS_LINE.match(line))}
+    said = [(m[1], m[4].strip()) for line in _lines(words) if (m := WORDS_LINE.match(line))]
+    text = dict(reversed(said))
+    counts["turns a second time in a transcript, ignored"] += len(said) - len(text)
     labelled, turns = set(), []
     for number, line in enumerate(_lines(labels), 1):
         if not line.startswith("["):
@@ -159,6 +211,8 @@ def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None,
         if not (m := TURN_LINE.fullmatch(line.rstrip())):
             raise InputError(f"{labels}:{number}: torn line {line[:60]!r}; unpack this file again")
         start, end, turn, emotion = float(m[1]), float(m[2]), m[3], m[4]
+        if turn[-4:-3] not in ("F", "M"):
+            raise InputError(f"{labels}:{number}: the speaker of {turn!r} is neither F nor M; unpack this file again")
         labelled.add(turn)
         if emotion in IEMOCAP_DROPPED:
             counts["turns labelled xxx, sur, fea, dis or oth, dropped"] += 1
@@ -172,17 +226,16 @@ def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None,
     unlabelled = {turn for turn in text.keys() - labelled if "XX" not in turn}  # XX: noises between turns
     counts["transcribed turns without a label, dropped"] += len(unlabelled)
 
+    sounds = {p.stem: p for p in _files(session / "sentences/wav" / labels.stem, "*.wav")}
     turns.sort()  # the file may be grouped by name
     order = list(dict.fromkeys(turn[-4] for _, _, turn, _ in turns))  # "F" or "M"; the session's letter is another
     utterances = []
     for start, end, turn, label in turns:
-        audio = session / "sentences/wav" / labels.stem / f"{turn}.wav"
-        counts["utterances without a sound file"] += not audio.is_file()
+        audio = sounds.get(turn)
+        counts["utterances without a sound file"] += audio is None
         counts["utterances without a video file"] += video is None
         speaker = ("first", "second")[order.index(turn[-4])]
-        utterances.append(
-            Utterance(turn, speaker, text[turn], label, audio if audio.is_file() else None, video, start, end)
-        )
+        utterances.append(Utterance(turn, speaker, text[turn], label, audio, video, start, end))
     return Conversation(labels.stem, tuple(utterances))
 
 
@@ -225,18 +278,12 @@ def _read_split(root: Path, split: str, table: Path, counts: Counter) -> list[Co
     else:
         counts[f"folders of clips missing ({split}: {MELD_CLIPS[split]})"] += 1
     dialogues: dict[int, dict[int, Utterance]] = {}
-    text = table.read_bytes()
-    try:
-        lines = text.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        lines = text.decode("cp1252")
-    reader = csv.DictReader(lines.splitlines(keepends=True))
-    if lacking := [c for c in MELD_COLUMNS if c not in (reader.fieldnames or ())]:
+    columns, rows = read_table(table, MELD_COLUMNS)
+    if lacking := [c for c in MELD_COLUMNS if c not in columns]:
         raise InputError(f"{table}: not MELD's table, the columns {', '.join(lacking)} are missing")
-    for row in reader:
-        where = f"{table}:{reader.line_num}"
-        if None in row or None in row.values() or not (row["Dialogue_ID"] + row["Utterance_ID"]).isdigit():
-            raise InputError(f"{where}: torn row {','.join(str(v) for v in row.values())[:60]!r}; download it again")
+    for where, row in rows:
+        if not re.fullmatch("[0-9]{1,9} [0-9]{1,9}", f"{row['Dialogue_ID']} {row['Utterance_ID']}"):
+            raise InputError(f"{where}: torn row {','.join(row.values())[:60]!r}; download it again")
         if row["Emotion"] not in MELD_LABELS:
             raise InputError(f"{where}: unknown emotion {row['Emotion']!r}; MELD has {', '.join(MELD_LABELS)}")
         dialogue, number = int(row["Dialogue_ID"]), int(row["Utterance_ID"])
@@ -260,7 +307,7 @@ def _read_split(root: Path, split: str, table: Path, counts: Counter) -> list[Co
 def _find(root: Path, split: str, name: str) -> Path | None:
     """`name` in root or below root/split, wherever it exists."""
     folders = (root, root / split, root / split / split)
-    return next((folder / name for folder in folders if (folder / name).exists()), None)
+    return next((path for folder in folders if (path := folder / name).is_file() or path.is_dir()), None)
 
 
 def _packed(root: Path) -> bool:
@@ -273,7 +320,8 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    """Ended by Windows', Unix' or old Macs' end of a line, and by none of Unicode's others."""
+    return re.split("\r\n|\r|\n", read_text(path))
 
 
 def _some(names: list[str], most: int = 3) -> str:
@@ -306,7 +354,10 @@ def read_encoded(path: Path, ids: list[str]) -> Encoded:
     try:
         with safe_open(path, framework="pt") as f:
             if json.loads((f.metadata() or {})["utterances"]) == ids:
-                return Encoded(f.get_tensor("features"), f.get_tensor("logits"))
+                answers = Encoded(f.get_tensor("features"), f.get_tensor("logits"))
+                if [(x.dim(), len(x), x.dtype) for x in answers] != [(2, len(ids), torch.float32)] * 2:
+                    raise ValueError("other shapes")
+                return answers
     except (OSError, SafetensorError, KeyError, ValueError) as e:
         raise InputError(f"{path}: not an encoder's answers ({type(e).__name__}); delete it, it is made again") from e
     raise InputError(f"{path}: made from other utterances than the corpus has now; start again with --fresh")
@@ -339,62 +390,6 @@ def write_features(path: Path, file: FeatureFile) -> None:
     tensors |= {name: getattr(file, name) for name in ROWS}
     metadata = {name: json.dumps(getattr(file, name)) for name in NAMES} | {"split_names": json.dumps(SPLITS)}
     replace_file(path, lambda part: save_file(tensors, part, metadata))
-
-
-def read_features(path: Path) -> FeatureFile:
-    """Reads and checks a feature file. Errors: InputError that names the field at fault."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: not a readable feature file ({e}); the README says what it holds") from e
-
-    def bad(field: str, what: str) -> InputError:
-        return InputError(f"{path}: field {field!r} {what}")
-
-    names = {}
-    for field in (*NAMES, "split_names"):
-        try:
-            names[field] = json.loads(metadata[field])
-        except (KeyError, json.JSONDecodeError) as e:
-            raise bad(field, "must be in the metadata, as a JSON list of names") from e
-    if tuple(names.pop("split_names")) != SPLITS:
-        raise bad("split_names", f"must be {list(SPLITS)}")
-    if "text" not in tensors:
-        raise bad("text", "is missing; MAGT's last anchor is text, the other modalities may be absent")
-    N = len(names["utterance_names"])
-    rows = {}
-    sizes = {"label": "label_names", "speaker": "speaker_names", "conversation": "conversation_names", "split": None}
-    for field, list_name in sizes.items():
-        if field not in tensors or tensors[field].shape != (N,) or tensors[field].dtype != torch.int64:
-            got = f"{tensors[field].dtype} {list(tensors[field].shape)}" if field in tensors else "nothing"
-            raise bad(field, f"must be int64 [{N}], one per utterance name; got {got}")
-        most = len(names[list_name]) if list_name else len(SPLITS)
-        if N and not (0 <= tensors[field].min() and tensors[field].max() < most):
-            where = int(((tensors[field] < 0) | (tensors[field] >= most)).nonzero()[0])
-            raise bad(field, f"must be 0 to {most - 1}; row {where} has {int(tensors[field][where])}")
-        rows[field] = tensors[field]
-    if missing := [s for i, s in enumerate(SPLITS) if not (rows["split"] == i).any()]:
-        raise bad("split", f"has no utterance in {', '.join(missing)}")
-    starts = torch.cat((torch.tensor([True]), rows["conversation"].diff() != 0))
-    if starts.sum() != len(rows["conversation"].unique()):
-        raise bad("conversation", "must hold the utterances of a conversation together, in the order of speaking")
-    if (rows["split"].diff() != 0).logical_and(~starts[1:]).any():
-        raise bad("split", "must not change within a conversation")
-
-    features, present = {}, {}
-    for kind in (k for k in KINDS if k in tensors):
-        x = tensors[kind]
-        if x.dim() != 2 or len(x) != N or not x.shape[1] or not x.is_floating_point():
-            raise bad(kind, f"must be float32 [{N}, d]; got {x.dtype} {list(x.shape)}")
-        absent = x.isnan().all(dim=1)  # a whole row of NaN: the utterance does not have it
-        if (broken := ~x.isfinite().all(dim=1) & ~absent).any():
-            raise bad(kind, f"has NaN or infinity inside row {int(broken.nonzero()[0])} (a missing one is all NaN)")
-        if not absent.all():  # nobody has it: as if the field were not there
-            features[kind], present[kind] = x.float().masked_fill(absent[:, None], 0.0), ~absent
-    if "text" not in features:
-        raise bad("text", "is NaN throughout")
-    return FeatureFile(features, present, **rows, **names)
 
 
 def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus) -> FeatureFile:

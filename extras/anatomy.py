@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Conversations, FeatureFile, InputError, read_features, replace_file
+from data import Conversations, FeatureFile, InputError, replace_file
 from extras.context import Context
 from extras.experiments import MADE_UP, Study, compare, mean_gates, summary
+from extras.features import read_features
 from extras.own_utterance import OWN, OwnMAGT, own_magt
 from extras.report import machine
 from fusion import MAGT, Anchor, Concat, FusionConfig, read_inputs
@@ -235,7 +236,7 @@ def study(about: Study) -> str:
         rows.append({"model": model, "features": features, **summary(results)})
         rows[-1] |= {c.pop("pair"): c for c in compare(about.file, pairs)}
     result = {"made_up": about.made_up, "machine": machine(about.device), "seeds": len(about.seeds)}
-    result |= {"own": OWN, "rows": rounded(rows)}
+    result |= {"width": about.config.width, "own": OWN, "rows": rounded(rows)}
     result["heard"] = [
         {"model": model, "features": features, **rounded(average(found))}
         for (model, features), found in heard.items()
@@ -286,7 +287,7 @@ def table(result: dict) -> str:
 
 def section(result: dict, picture: str) -> str:
     """Table and figure with what is needed to read them. picture: the figure's path."""
-    text = f"{result['machine']}; {result['seeds']} seeds.\n\n{table(result)}\n"
+    text = f"D = {result['width']}, {result['seeds']} seeds; {result['machine']}.\n\n{table(result)}\n"
     if result["heard"]:
         numbers = [x for h in result["heard"] for x in h["numbers"]]
         text += f"\nThe numbers of {BIASED} begin at {result['own']:g}; trained (mean over seeds), they lie between "
@@ -350,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", choices=list(CONFIGS), default="iemocap", help="hyperparameters (default: iemocap)")
     parser.add_argument("--made-up", action="store_true", help="say in the text that the corpus is made up")
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--width", type=int, help="D of the fusion (default: Table 1's 768)")
     parser.add_argument("--stage2-epochs", type=int, help="(default: Table 1's 30)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fill", type=Path, metavar="PAGE", help="tables and figures of PAGE, from PAGE/../figures")
@@ -363,9 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         for stored in sorted(folder.glob("anatomy-*.json")):
             figure(stored.with_suffix(".png"), json.loads(stored.read_text()))
         return 0
-    config = CONFIGS[args.config]
-    if args.stage2_epochs:
-        config = dataclasses.replace(config, stage2_epochs=args.stage2_epochs)
+    changes = {name: getattr(args, name) for name in ("width", "stage2_epochs") if getattr(args, name)}
+    config = dataclasses.replace(CONFIGS[args.config], **changes)
     try:
         file = read_features(args.features)
     except InputError as e:

@@ -5,17 +5,17 @@ Not here: the method itself (magtkd.py).
 
 import argparse
 import dataclasses
-import errno
 import hashlib
 import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from data import KINDS, MODALITIES, SPLITS, Corpus, InputError, read_features, read_iemocap, read_meld
+from data import KINDS, MODALITIES, SPLITS, Corpus, InputError, read_iemocap, read_meld
 from extras import experiments, report, runs
+from extras.features import read_features
+from extras.guard import device, guard, number
 from extras.pickles import read_pickles
 from extras.released import RELEASED
 from extras.tiny import read_demo, tiny_models
@@ -26,14 +26,16 @@ READERS = {"iemocap": read_iemocap, "meld": read_meld}
 ROOTS = {"iemocap": "data/IEMOCAP_full_release", "meld": "data/MELD.Raw"}
 TITLES = {"iemocap": "IEMOCAP", "meld": "MELD", "demo": "a made-up corpus (demo)"}
 FREE = ("gradient_checkpointing", "log_steps")  # fields of Config that change no result: another start may change them
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+MOST_CELLS = 12  # values of a sweep, of alpha and of beta each
 
 
 def run(args: argparse.Namespace) -> None:
     """From a corpus or a feature file to a report in args.out."""
     config, device = make_config(args), torch.device(args.device)
     begun = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    begun |= {"corpus": args.corpus, "seed": args.seed}
+    begun |= {"corpus": args.corpus, "seed": args.seed, "encoders": args.encoders}
+    models = {f"--{m}-model": Path(getattr(config, f"{m}_model")) for m in MODALITIES}
+    runs.check_paths(args.out, {"--root": args.root, "--features": args.features, **models})
     file = corpus = None
     if args.features:
         files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]
@@ -42,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     elif args.corpus != "demo":
         begun["root"] = str(args.root.resolve())
         corpus = read_corpus(args, config)
-    lock = runs.open_run(args.out, begun, args.fresh)
-    if not args.ablation and report.was_ablation(args.out):
+    folder = runs.open_run(args.out, begun, args.fresh)
+    folder.note_device(args.device)
+    if not args.ablation and folder.was_ablation():
         print(f"{args.out} holds an ablation: it stays in the report, with all its rows (--fresh begins anew)")
         args.ablation = True
 
@@ -55,17 +58,23 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join([f"{corpus.name} at {args.root or args.out / 'corpus'}:", *(f"  {n}" for n in corpus.notes)]))
         if args.encoders == "tiny":
             config = dataclasses.replace(config, **tiny_models(corpus, args.out))
+        folder.check_corpus(corpus)
+        folder.renew(corpus, config, args.workers)
+        folder.drop_orphans()
+        folder.check_results([u.label for u in corpus.utterances("test")], len(corpus.label_names))
         names = [k for k in KINDS if k.removesuffix("_kd") in config.modalities]
         if not args.ablation:  # the paper's best: T + A_KD + V
             names = [k for k in names if k in ("text", "audio_kd", "video")]
         both = (config, names, corpus, args.out, seeds, device, args.workers, args.ablation, methods)
         file, rows, problems = run_both(*both)
+        problems = folder.keep_problems(problems)
         notes, title = list(corpus.notes), TITLES[args.corpus]
     else:
+        folder.check_results(file.label[file.split == SPLITS.index("test")].tolist(), len(file.label_names))
         kinds = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
         rows = run_stage2(config, file, feature_sets(kinds, args.ablation), seeds, args.out, device, methods)
-        problems, notes = [], [f"features of {len(file.label)} utterances from {args.features.name}"]
-        title = args.features.name
+        problems, notes = [], [f"features of {len(file.label)} utterances from {printable(args.features.name)}"]
+        title = printable(args.features.name)
 
     result = {"title": f"MAGTKD on {title}", "made_up": args.corpus == "demo" and not args.features}
     result |= {"corpus": corpus.name if corpus else "", "machine": report.machine(device)}
@@ -83,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{experiments.sweep(study, args.sweep or experiments.GRID)}\n\nMore: {args.out / 'sweep.md'}")
     if args.compare_presets:
         print(f"\n{experiments.compare_presets(study, args.corpus)}\n\nMore: {args.out / 'presets.md'}")
-    lock.close()
+    folder.close()
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -135,52 +144,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "seconds if nothing is left to do.",
     )
     add, c = parser.add_argument, Config()
+    count, weight, rate = number(int, 1, 100_000), number(float, 0.0, 1000.0), number(float, 1e-12, 10.0)
     add("corpus", choices=list(CONFIGS), help="demo: a small made-up corpus, written on the spot")
     add("--root", type=Path, help=f"the corpus' folder (default: {' or '.join(ROOTS.values())})")
     add("--out", type=Path, help="the run's folder (default: runs/<corpus>, or runs/<features' name>)")
     text = "stage 2 alone, on this feature file (format: README), or on a folder with the authors' three pickles"
     add("--features", type=Path, help=text)
     add("--modalities", type=modalities, metavar="M,M", help="text, or text,audio or text,video (default: all three)")
-    add("--seeds", type=int, default=3, help="how often stage 2 is repeated (default: 3)")
-    add("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add("--seeds", type=number(int, 1, 100), default=3, help="how often stage 2 is repeated (default: 3)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the first seed (default: 0)")
     text = "all thirteen rows of Table 3 (five encoders, four sets), and Context; later starts keep them"
     add("--ablation", action="store_true", help=text)
     text = "MAGT over a grid of alpha and beta (default: 0 0.3 0.7 1)"
-    add("--sweep", type=float, nargs="*", metavar="X", help=text)
+    add("--sweep", type=weight, nargs="*", metavar="X", help=text)
     add("--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth")
     text = "released: stage 2 as the authors' code does it"
     add("--preset", choices=["paper", "released"], help=text)
-    add("--alpha", type=float, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
-    add("--beta", type=float, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
+    add("--alpha", type=weight, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
+    add("--beta", type=weight, help="weight of L_KD^v in Eq. 25 (default: Table 1)")
     add("--causal", action="store_true", help="stage 2 reads the past alone, as `predict --stream` must")
     add("--class-weights", action="store_true", help="cross entropy weighted by inverse class frequency")
-    add("--stage1-epochs", type=int, help="of every encoder (default: Table 1's 10)")
-    add("--stage2-epochs", type=int, help="(default: Table 1's 30)")
-    add("--stage1-lr", type=float, help="highest learning rate of the encoders (default: Table 1's 1e-5)")
-    add("--stage1-batch", type=int, help="utterances per step of the encoders (default: Table 1's 4)")
-    add("--stage2-lr", type=float, help="highest learning rate of the fusion (default: 1e-4; Table 1, IEMOCAP: 1e-5)")
+    add("--stage1-epochs", type=count, help="of every encoder (default: Table 1's 10)")
+    add("--stage2-epochs", type=count, help="(default: Table 1's 30)")
+    add("--stage1-lr", type=rate, help="highest learning rate of the encoders (default: Table 1's 1e-5)")
+    add("--stage1-batch", type=count, help="utterances per step of the encoders (default: Table 1's 4)")
+    add("--stage2-lr", type=rate, help="highest learning rate of the fusion (default: 1e-4; Table 1, IEMOCAP: 1e-5)")
     text = "of the models: auto is bfloat16 (else float16) on CUDA, float32 on a CPU"
     add("--precision", choices=list(PRECISIONS), help=text)
     add("--encoders", choices=["full", "tiny"], help="tiny: small, random weights (default for demo)")
     kinds = {"text": "an encoder with a mask token", "audio": "a Data2vec or relative", "video": "a TimeSformer"}
     for m, what in kinds.items():
         add(f"--{m}-model", help=f"hub name or local folder of {what} (default: {getattr(c, f'{m}_model')})")
-    add("--max-tokens", type=int, help="longest prompt, the oldest context is cut (default: 512)")
-    add("--width", type=int, help="of the features and of the fusion (default: Table 1's 768)")
+    add("--max-tokens", type=number(int, 64, 100_000), help="longest prompt, the oldest context is cut (default: 512)")
+    add("--width", type=number(int, 8, 8192), help="of the features and of the fusion (default: Table 1's 768)")
     add("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, more slowly")
     add("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=here, help="cpu, cuda or cuda:N (default: cuda if there)")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that decode sound and pictures")
+    add("--device", type=device, default=here, help="cpu, cuda or cuda:N (default: cuda if there)")
+    add(
+        "--workers",
+        type=number(int, 1, 256),
+        default=os.cpu_count() or 1,
+        help="threads that decode sound and pictures",
+    )
     add("--fresh", action="store_true", help="delete what --out holds and start anew")
     args = parser.parse_args(argv)
 
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no CUDA here; use --device cpu")
-    if args.seeds < 1 or args.workers < 1:
-        parser.error("--seeds and --workers must be 1 or more")
-    if any(not 0 <= x < float("inf") for x in args.sweep or ()):
-        parser.error("--sweep wants weights of 0 or more")
+    values = set(args.sweep or ())
+    if len(values) > MOST_CELLS:
+        parser.error(f"--sweep takes {MOST_CELLS} weights at most: it trains each with each")
+    if len({f"{x:g}" for x in values}) < len(values):
+        parser.error("--sweep: two weights agree in their first six digits, and would share a file")
+    if (args.width or 8) % c.heads:
+        parser.error(f"--width must be a multiple of {c.heads}, the number of attention heads")
     if args.corpus == "demo" and args.root:
         parser.error("demo writes its own corpus; --root belongs to iemocap and meld")
     args.root = args.root or (Path(ROOTS[args.corpus]) if args.corpus in ROOTS else None)
@@ -202,25 +218,18 @@ def warn_of_slow_precision(args: argparse.Namespace) -> None:
         )
 
 
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are none become question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns 0, 2 for the user's error (a line on stderr says which), 130 for Ctrl-C."""
+    """Runs the command line. Returns the exit code, see guard.py; a line on stderr says what it is about."""
     args = parse(argv)
-    try:
+
+    def work() -> None:
         warn_of_slow_precision(args)
         run(args)
-        return 0
-    except InputError as e:
-        message = str(e)
-    except torch.OutOfMemoryError as e:
-        message = f"the GPU's memory is full ({str(e).splitlines()[0]}); try --gradient-checkpointing, or --device cpu"
-    except SafetensorError as e:
-        message = f"{args.out}: could not be written or read ({e}); is the disk full? What is whole stays"
-    except OSError as e:
-        if e.errno not in DISK:
-            raise
-        message = f"{e.filename or args.out}: {e.strerror}; free some space or give another folder with --out"
-    except KeyboardInterrupt:
-        print(f"\nstopped. The same command continues with what is whole in {args.out}", file=sys.stderr)
-        return 130
-    print(f"magtkd: {message}", file=sys.stderr)
-    return 2
+
+    stopped = f"\nstopped. The same command continues with what is whole in {args.out}"
+    return guard("magtkd", work, args.out, stopped)

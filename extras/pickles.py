@@ -5,11 +5,13 @@ A folder with first_stage_{train,dev,test}_features.pkl; each a dict of `text`, 
 entry per utterance; `vids`, the ids of the conversations, and `dia2utt`, which is not needed here.
 
 A pickle is a program: to load it is to run it. Here, only the parts of the language that make dicts, lists, tuples,
-strings, numbers and NumPy arrays of numbers work; NumPy's own functions have stand-ins that build nothing else.
+strings, numbers and NumPy arrays of numbers work; NumPy's own functions have stand-ins that build nothing else. A small
+pickle can also stand for gigabytes, by naming one list again and again: nothing here unfolds such a list.
 
 Not here: the feature file (data.py), into whose shape this is brought.
 """
 
+import io
 import math
 import pickle
 import re
@@ -20,19 +22,9 @@ import numpy as np
 import torch
 
 from data import KINDS, SPLITS, FeatureFile, InputError
+from extras.features import check_features
 
 PLAIN = re.compile(r"[<>=|]?[fiubUS?]\d*")  # numpy's codes for numbers and strings, and for nothing that holds objects
-ERRORS = (
-    pickle.UnpicklingError,
-    EOFError,
-    AttributeError,
-    LookupError,
-    ValueError,
-    TypeError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-)
 
 
 class _RefusedError(Exception):
@@ -77,50 +69,102 @@ def _scalar(dtype: _Dtype, data: bytes | str) -> Any:
     return _frombuffer(data, dtype, (), "C").item()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How the oldest protocols write bytes."""
-    if encoding != "latin1":
-        raise _RefusedError(f"bytes in {encoding!r}")
-    return text.encode(encoding)
-
-
 ALLOWED: dict[tuple[str, str], Any] = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): _Array}
-ALLOWED |= {("_codecs", "encode"): _encode}
 for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
     ALLOWED |= {(f"{_core}.multiarray", "_reconstruct"): _reconstruct, (f"{_core}.multiarray", "scalar"): _scalar}
     ALLOWED |= {(f"{_core}.numeric", "_frombuffer"): _frombuffer}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: its memo is a dict, so that a large index costs nothing
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self.encoded: dict[str, bytes] = {}
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
         if (module, name) not in ALLOWED:
             raise _RefusedError(f"{module}.{name}, which is neither of Python's plain types nor NumPy's")
         return ALLOWED[module, name]
 
+    def encode(self, text: str, encoding: str) -> bytes:
+        """How the oldest protocols write bytes. Once per text: a pickle may ask for the same a million times."""
+        if encoding != "latin1":
+            raise _RefusedError(f"bytes in {encoding!r}")
+        if text not in self.encoded:
+            self.encoded[text] = text.encode(encoding)
+        return self.encoded[text]
 
-def _plain(x: Any) -> Any:
-    """The same with arrays in place of their stand-ins."""
-    if isinstance(x, dict):
-        return {_plain(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(map(_plain, x))
-    if isinstance(x, _Array):
-        return x.value
-    if x is None or isinstance(x, (str, bytes, int, float, np.ndarray)):
-        return x
-    raise _RefusedError(f"an object of type {type(x).__name__}")
+    # Keys are strings and numbers alone: to hash a tuple of tuples of tuples can take for ever.
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], (_Array, _Dtype)):
+            raise _RefusedError(f"a state for an object of type {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    def _check_keys(self, keys: list) -> None:
+        for key in keys:
+            if not isinstance(key, (str, int, float, bytes)):
+                raise _RefusedError(f"a key of type {type(key).__name__}")
+
+    def refuse(self) -> None:
+        raise _RefusedError("a set, or an object of another class")
+
+    dispatch = dict(pickle._Unpickler.dispatch) | {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.BUILD[0]: load_build,
+    }
+    for _code in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.INST):
+        dispatch[_code[0]] = refuse
+    for _code in (pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.BINPERSID):
+        dispatch[_code[0]] = refuse
+
+
+def _plain(x: Any, known: dict[int, Any]) -> Any:
+    """The same with arrays in place of their stand-ins; what is named twice is one object still."""
+    if id(x) in known:
+        return known[id(x)]
+    if isinstance(x, (dict, list)):
+        known[id(x)] = y = type(x)()  # before what is in it, which may name it again
+        if isinstance(x, dict):
+            y.update((k, _plain(v, known)) for k, v in x.items())
+        else:
+            y.extend(_plain(v, known) for v in x)
+    elif isinstance(x, tuple):
+        y = tuple(_plain(v, known) for v in x)
+    elif isinstance(x, _Array):
+        y = x.value
+    elif x is None or isinstance(x, (str, bytes, int, float, np.ndarray)):
+        y = x
+    else:
+        raise _RefusedError(f"an object of type {type(x).__name__}")
+    known[id(x)] = y
+    return y
 
 
 def load_pickle(path: Path) -> Any:
     """What a pickle of dicts, lists, tuples, strings, numbers and arrays holds. Errors: InputError for any other."""
     try:
-        with open(path, "rb") as f:
-            return _plain(_Unpickler(f, encoding="latin1").load())
+        content = _Unpickler(Path(path).read_bytes()).load()
+        return _plain(content, {})
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from e
     except _RefusedError as e:
         raise InputError(f"{path}: refused, it holds {e}; nothing of it was run") from e
-    except ERRORS as e:
+    except Exception as e:  # a damaged pickle makes Python and NumPy raise nearly anything
         raise InputError(f"{path}: not a whole pickle of plain values ({type(e).__name__})") from e
 
 
@@ -139,6 +183,8 @@ def read_pickles(folder: Path) -> FeatureFile:
     if odd := [k for k in KINDS if k not in kinds and any(k in content for content in contents.values())]:
         raise InputError(f"{folder}: field {odd[0]!r} is in some of the three files only")
 
+    # A number takes a byte at least: more than that are the same ones named again and again.
+    left = sum(path.stat().st_size for path in paths.values())
     features: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     label, speaker, conversation, split_of, names, utterances = [], [], [], [], [], []
     for s, (split, content) in enumerate(contents.items()):
@@ -146,6 +192,9 @@ def read_pickles(folder: Path) -> FeatureFile:
             rows = _conversation(paths[split], content, kinds, vid)
             for kind in kinds:
                 features[kind] += rows[kind]
+                left -= sum(map(len, rows[kind]))
+            if left < 0:
+                raise InputError(f"{paths[split]}: stands for more numbers than it has bytes; write each one out")
             U = len(rows["text"])
             label += rows["labels"]
             speaker += rows["speakers"]
@@ -156,29 +205,18 @@ def read_pickles(folder: Path) -> FeatureFile:
 
     label_names, label_index = _number(label, "class")
     speaker_names, speaker_index = _number(speaker, "speaker")
-    present = {}
     for kind, rows in features.items():
-        widths = {len(x) for x in rows}
-        if len(widths) > 1:
+        if len({len(x) for x in rows}) > 1:
             i = next(i for i, x in enumerate(rows) if len(x) != len(rows[0]))
             raise InputError(
                 f"{folder}: field {kind!r}: {utterances[i]} has {len(rows[i])} numbers, the first {len(rows[0])}"
             )
-        x = torch.from_numpy(np.stack(rows))
-        present[kind] = ~x.isnan().all(dim=1)
-        if (broken := ~x.isfinite().all(dim=1) & present[kind]).any():
-            raise InputError(f"{folder}: field {kind!r}: NaN or infinity in {utterances[int(broken.nonzero()[0])]}")
-        features[kind] = x.nan_to_num()
-    rows = {"label": label_index, "speaker": speaker_index, "conversation": conversation, "split": split_of}
-    return FeatureFile(
-        features,
-        present,
-        **{name: torch.tensor(x) for name, x in rows.items()},
-        label_names=label_names,
-        speaker_names=speaker_names,
-        conversation_names=names,
-        utterance_names=utterances,
-    )
+    columns = {"label": label_index, "speaker": speaker_index, "conversation": conversation, "split": split_of}
+    tensors = {kind: torch.from_numpy(np.stack(rows)) for kind, rows in features.items()}
+    tensors |= {name: torch.tensor(x) for name, x in columns.items()}
+    all_names = {"label_names": label_names, "speaker_names": speaker_names}
+    all_names |= {"conversation_names": names, "utterance_names": utterances}
+    return check_features(folder, tensors, all_names)
 
 
 def _check_fields(path: Path, content: Any) -> None:
@@ -186,20 +224,22 @@ def _check_fields(path: Path, content: Any) -> None:
         raise InputError(f"{path}: must be a dict of fields, got {type(content).__name__}")
     for field in ("text", "labels", "speakers"):
         if field not in content:
-            raise InputError(f"{path}: field {field!r} is missing; it has {', '.join(map(str, content)) or 'none'}")
+            raise InputError(f"{path}: field {field!r} is missing; it has {', '.join(map(_show, content)) or 'none'}")
     for field in (*KINDS, "labels", "speakers"):
         if field in content and not isinstance(content[field], dict):
             raise InputError(f"{path}: field {field!r} must be a dict of conversations")
     vids = content.get("vids", content["text"])
     if not isinstance(vids, (dict, list, tuple, np.ndarray)) or not len(vids):
-        raise InputError(f"{path}: field 'vids' must name the conversations, got {str(vids)[:40]}")
+        raise InputError(f"{path}: field 'vids' must name the conversations, got {_show(vids)}")
+    if odd := [vid for vid in vids if not isinstance(vid, (str, int, float, np.generic))]:
+        raise InputError(f"{path}: field 'vids': a conversation is named by text or a number, not {_show(odd[0])}")
 
 
 def _conversation(path: Path, content: dict, kinds: list[str], vid: Any) -> dict[str, list]:
     """One conversation: arrays [d] float32 per utterance for each kind; numbers or strings for labels and speakers."""
     rows: dict[str, list] = {}
     for field in (*kinds, "labels", "speakers"):
-        where = f"{path}: field {field!r}: conversation {vid!r}"
+        where = f"{path}: field {field!r}: conversation {_show(vid)}"
         try:
             values = content[field][vid]
         except (KeyError, TypeError) as e:
@@ -214,9 +254,14 @@ def _conversation(path: Path, content: dict, kinds: list[str], vid: Any) -> dict
 
 
 def _vector(where: str, x: Any) -> np.ndarray:
+    if isinstance(x, (list, tuple)) and len(x) == 1 and isinstance(x[0], (list, tuple, np.ndarray)):
+        x = x[0]  # [1, d]
+    if isinstance(x, (list, tuple)) and not all(isinstance(number, (int, float, np.generic)) for number in x):
+        raise InputError(f"{where}: no vector of numbers")
     try:
-        vector = np.asarray(x, dtype=np.float32).squeeze()
-    except (TypeError, ValueError) as e:
+        with np.errstate(over="ignore"):  # beyond float32: infinity, which check_features names
+            vector = np.asarray(x, dtype=np.float32).squeeze()
+    except (TypeError, ValueError, OverflowError) as e:
         raise InputError(f"{where}: no vector of numbers") from e
     if vector.ndim != 1:
         raise InputError(f"{where}: wanted a vector, got an array {list(vector.shape)}")
@@ -229,7 +274,7 @@ def _name(where: str, x: Any) -> int | str:
     if isinstance(x, float) and math.isfinite(x) and x == int(x):
         x = int(x)
     if not isinstance(x, (int, str)) or (isinstance(x, int) and x < 0):
-        raise InputError(f"{where}: wanted a number from 0 or a name, got {str(x)[:40]}")
+        raise InputError(f"{where}: wanted a number from 0 or a name, got {_show(x)}")
     return x
 
 
@@ -238,3 +283,10 @@ def _number(values: list[int | str], what: str) -> tuple[list[str], list[int]]:
     known = sorted(set(values), key=lambda x: (isinstance(x, str), x))
     index = {x: i for i, x in enumerate(known)}
     return [x if isinstance(x, str) else f"{what} {x}" for x in known], [index[x] for x in values]
+
+
+def _show(x: Any) -> str:
+    """For a message: a name or a small number as it is; of anything else, which may be endless, its type."""
+    if isinstance(x, str):
+        return repr(x[:40])
+    return repr(x) if isinstance(x, (float, np.generic)) or isinstance(x, int) and abs(x) < 1e9 else type(x).__name__

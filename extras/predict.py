@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from data import Conversation, InputError, MediaError, Utterance, read_features
+from data import Conversation, InputError, MediaError, Utterance
 from encoders import load_audio, load_frames, video_shape
+from extras.features import read_features
 from extras.released import build
 from fusion import MAGT, TEXT, Past
 from magtkd import Config, Examples, encode, load_fusion, make_encoder

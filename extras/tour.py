@@ -32,6 +32,7 @@ import losses
 import magtkd
 from data import Conversation, Corpus, InputError
 from extras.cli import READERS
+from extras.features import read_features
 from extras.predict import load_run
 from extras.released import build
 from extras.tiny import read_demo
@@ -264,7 +265,7 @@ def distillation(board: Board, answers: dict[str, data.Encoded], conversation: C
 
 def stage2(board, run, model, config, conversation, answers, u) -> None:
     """Eq. 15-25, from the feature file."""
-    file = data.read_features(run / "features.safetensors")
+    file = read_features(run / "features.safetensors")
     _, kinds = magtkd.load_fusion(run / "fusion.safetensors", build)
     rows = data.Conversations(file, kinds, torch.device("cpu"))
     batch = rows.batch([conversation.id])

@@ -15,11 +15,11 @@ from data import (
     InputError,
     Utterance,
     read_encoded,
-    read_features,
     to_feature_file,
     write_encoded,
     write_features,
 )
+from extras.features import read_features
 
 
 def example():

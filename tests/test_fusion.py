@@ -162,6 +162,20 @@ def test_missing_sound_is_read_by_nobody(model, changes):
     torch.testing.assert_close(after.logits[TEXT][6:], everyone[6:], atol=1e-6, rtol=0)  # another conversation
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("model, changes", MAGTS)
+def test_an_anchor_reads_nothing_where_sound_is_missing(model, changes, name, causal):
+    """Neither the zero that stands for the sound, nor the position and the speaker that are added to it."""
+    anchor = make(model, causal=causal, **changes).anchor[name]
+    torch.manual_seed(0)
+    h = {m: torch.randn(9, 32) for m in WIDTHS}
+    changed = h | {"audio": h["audio"].index_fill(0, torch.tensor([2]), 5.0)}
+    present = {"audio": torch.arange(9) != 2}
+    assert torch.equal(anchor(h[name], h, [6, 3], present), anchor(h[name], changed, [6, 3], present))
+    assert not torch.equal(anchor(h[name], h, [6, 3], {}), anchor(h[name], changed, [6, 3], {}))
+
+
 @pytest.mark.parametrize("model, changes", MODELS + CAUSAL)
 def test_a_conversation_without_any_sound(model, changes):
     net, (features, speakers, lengths) = make(model, **changes).train(), batch([6, 3])

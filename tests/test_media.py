@@ -398,6 +398,29 @@ def test_store_continues_after_a_kill(tmp_path, monkeypatch, stop_after):
     assert store.problems() == PROBLEMS
 
 
+def test_half_a_file_is_none(tmp_path, monkeypatch):
+    """Killed while the decoded sound or the reason for its absence is written."""
+    utterances, store = corpus_of(tmp_path, 3), open_store(tmp_path)
+
+    def save_half(file, x):
+        file.write(b"\x93NUMPY")
+        raise KeyboardInterrupt
+
+    def write_half(path, text, **_):
+        path.write_bytes(text.encode()[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoders.np, "save", save_half)
+    monkeypatch.setattr(Path, "write_text", write_half)
+    for u in utterances:
+        with pytest.raises(KeyboardInterrupt):
+            store.fill([u], workers=1)
+        assert store.length(u.id, "audio") == store.length(u.id, "video") == 0 and not store.problems()
+    monkeypatch.undo()
+    store.fill(utterances, workers=1)
+    check(store, utterances)
+
+
 def test_store_of_one_modality(tmp_path):
     utterances = corpus_of(tmp_path, 3)
     store = open_store(tmp_path, ("audio",))

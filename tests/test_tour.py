@@ -8,9 +8,10 @@ import torch
 
 import losses
 import magtkd
-from data import Conversations, read_encoded, read_features, read_meld
+from data import Conversations, read_encoded, read_meld
 from extras import tour
 from extras.drawing import equations
+from extras.features import read_features
 
 SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "1", "--seeds", "1", "--encoders", "tiny", "--workers", "2"]
 
