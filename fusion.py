@@ -15,6 +15,7 @@ a mask [B, U], True at utterances: features = x[mask], lengths = mask.sum(1).tol
 Not here: the losses (losses.py), the training (magtkd.py), the encoders that make the features (encoders.py).
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,19 +72,12 @@ class Dropout(nn.Dropout):
 
 
 class Past:
-    """What a causal MAGT has read of B conversations so far: the keys and values of every stream. Empty at first."""
+    """What a causal MAGT has read of B conversations so far. Empty at first."""
 
     def __init__(self):
         self.lengths: list[int] = []  # utterances read, per conversation
-        self.streams: dict[tuple[str, str], list[tuple[Tensor, ...]]] = {}  # (anchor, source) -> per conversation
-
-    def extend(self, stream: tuple[str, str], b: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Puts the past of conversation b before its new rows: (keys [U, D], values [U, D], readable [U])."""
-        kept = self.streams.setdefault(stream, [])
-        if b < len(kept):
-            new = tuple(torch.cat(pair) for pair in zip(kept[b], new))
-        kept[b : b + 1] = [new]
-        return new
+        # (anchor, source) -> per conversation its keys [T, D], values [T, D] and which of them may be read, [T]
+        self.streams: dict[tuple[str, str], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
 
 
 class Block(nn.Module):
@@ -108,29 +102,28 @@ class Block(nn.Module):
         source: Tensor,
         lengths: list[int],
         readable: Tensor | None = None,
-        past: Past | None = None,
-        stream: tuple[str, str] = (TEXT, TEXT),
+        kept: list | None = None,
     ) -> Tensor:
         """anchor, source [N, D] -> [N, D].
 
         readable: [N] bool, False where the source's utterance may not be read. None: all may.
-        past: the utterances continue what `stream` has kept there.
+        kept: of Past.streams, what this stream has read before; the new keys and values are added to it.
         """
         k, v = self.key_value(source).chunk(2, dim=-1)
-        read = self.attend(self.query(anchor), k, v, lengths, readable, past, stream)
-        x = anchor + self.drop(self.out(read))
+        if kept is not None and readable is None:
+            readable = torch.ones(len(k), dtype=torch.bool, device=k.device)
+        x = anchor + self.drop(self.out(self.attend(self.query(anchor), k, v, lengths, readable, kept)))
         return x + self.ffn(x)
 
-    def attend(self, q, k, v, lengths, readable, past, stream) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], readable: Tensor | None, kept) -> Tensor:
         """Multi-head attention within each conversation by itself: [N, D] each -> [N, D]."""
-        if past is not None and readable is None:
-            readable = torch.ones(len(k), dtype=torch.bool, device=k.device)
         flags = [None] * len(lengths) if readable is None else readable.split(lengths)
         answers = []
-        for b, (q_b, k_b, v_b, r_b) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), flags)):
-            if past is not None:
-                k_b, v_b, r_b = past.extend(stream, b, (k_b, v_b, r_b))
-            answers.append(self.attend_one(q_b, k_b, v_b, r_b))
+        for b, (q_b, *new) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), flags)):
+            if kept is not None:  # the past goes before the new rows
+                new = [torch.cat(pair) for pair in zip(kept[b], new)] if b < len(kept) else new
+                kept[b : b + 1] = [new]
+            answers.append(self.attend_one(q_b, *new))
         return torch.cat(answers)
 
     def attend_one(self, q: Tensor, k: Tensor, v: Tensor, readable: Tensor | None) -> Tensor:
@@ -170,8 +163,8 @@ class Anchor(nn.Module):
         """anchor [N, D]; sources {modality: [N, D]}; present {modality: [N] bool}. Returns [N, D]."""
         streams = []
         for source, block in self.block.items():
-            stream = (self.name, source)
-            h = block(anchor, sources[source], lengths, present.get(source), past, stream)  # Eq. 19, 20
+            kept = None if past is None else past.streams[self.name, source]
+            h = block(anchor, sources[source], lengths, present.get(source), kept)  # Eq. 19, 20
             streams.append(h * self.alpha(source, h))  # Eq. 22
         return self.merge(torch.cat(streams, dim=-1))
 

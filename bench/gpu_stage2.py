@@ -92,7 +92,7 @@ def padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     return cells, there.index_fill(0, cells, True)
 
 
-def padded(block: Block, q, k, v, lengths, readable, past, stream, at=None) -> Tensor:
+def padded(block: Block, q, k, v, lengths, readable, kept, at=None) -> Tensor:
     """As Block.attend, [N, D] each -> [N, D]. Not causal. at: what `padding` gives, where only one batch will come."""
     B, U = len(lengths), max(lengths)
     cells, there = at or padding(tuple(lengths), q.device)
@@ -114,7 +114,7 @@ def offsets(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(dtype)
 
 
-def nested(block: Block, q, k, v, lengths, readable, past, stream) -> Tensor:
+def nested(block: Block, q, k, v, lengths, readable, kept) -> Tensor:
     """As Block.attend. Nothing may be missing."""
     at = offsets(tuple(lengths), q.device, torch.int64)
 
@@ -126,7 +126,7 @@ def nested(block: Block, q, k, v, lengths, readable, past, stream) -> Tensor:
     return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values().flatten(1)
 
 
-def varlen(block: Block, q, k, v, lengths, readable, past, stream) -> Tensor:
+def varlen(block: Block, q, k, v, lengths, readable, kept) -> Tensor:
     """As Block.attend. Nothing may be missing; CUDA, half precision."""
     from torch.nn.attention.varlen import varlen_attn  # newer torch only
 

@@ -46,9 +46,9 @@ def bfloat16_is_fast(device: str) -> bool:
 class PaddedBlock(Block):
     """fusion.Block with one call of attention for all conversations, padded to the longest. Not causal."""
 
-    def attend(self, q, k, v, lengths, readable, past, stream) -> Tensor:
+    def attend(self, q, k, v, lengths, readable, kept) -> Tensor:
         """As Block.attend: [N, D] each -> [N, D]. Errors: ValueError for a past or a causal model."""
-        if self.causal or past is not None:
+        if self.causal or kept is not None:
             raise ValueError("attention on padded batches has no causal form here")
         B, U = len(lengths), max(lengths)
         cells, mask = padding(tuple(lengths), q.device)

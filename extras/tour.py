@@ -348,19 +348,20 @@ def walk(net: MAGT, inputs: tuple) -> tuple[fusion.FusionOutput, dict[tuple[str,
     utterance and 0 at the others.
     """
     heard: dict[tuple[str, str], dict[str, Tensor]] = {}
+    seen: list[Tensor] = []  # by the last block that answered: its gate is asked next
 
-    def after_block(block: fusion.Block, args: tuple, answer: Tensor) -> None:
-        anchor, source, (length,), readable, past, stream = args
+    def after_block(block: fusion.Block, args: tuple, _) -> None:
+        anchor, source, (length,), readable, _ = args
         keys, _ = block.key_value(source).chunk(2, dim=-1)
         each = torch.eye(length).repeat(1, block.heads)  # [U, heads * U]
-        seen = block.attend_one(block.query(anchor), keys, each, readable)
-        heard[stream] = {"attention": seen.unflatten(-1, (block.heads, length)).mean(dim=1), "answer": answer}
+        attention = block.attend_one(block.query(anchor), keys, each, readable)
+        seen[:] = [attention.unflatten(-1, (block.heads, length)).mean(dim=1)]
 
     def after_gate(anchor: fusion.Anchor):
         alpha = anchor.alpha
 
         def gate(source: str, h: Tensor) -> Tensor:
-            heard[anchor.name, source]["gate"] = alpha(source, h)
+            heard[anchor.name, source] = {"attention": seen[0], "answer": h, "gate": alpha(source, h)}
             return heard[anchor.name, source]["gate"]
 
         return gate
