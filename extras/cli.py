@@ -15,7 +15,7 @@ import torch
 from data import KINDS, MODALITIES, SPLITS, Corpus, InputError, read_iemocap, read_meld
 from extras import experiments, report, runs
 from extras.features import read_features
-from extras.guard import device, guard, number
+from extras.guard import check_paths, device, guard, number
 from extras.pickles import read_pickles
 from extras.released import RELEASED
 from extras.tiny import read_demo, tiny_models
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     begun = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     begun |= {"corpus": args.corpus, "seed": args.seed, "encoders": args.encoders}
     models = {f"--{m}-model": Path(getattr(config, f"{m}_model")) for m in MODALITIES}
-    runs.check_paths(args.out, {"--root": args.root, "--features": args.features, **models})
+    check_paths(args.out, {"--root": args.root, "--features": args.features, **models})
     file = corpus = None
     if args.features:
         files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]

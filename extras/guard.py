@@ -138,3 +138,16 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def check_paths(out: Path, inputs: dict[str, Path | None]) -> None:
+    """Errors: InputError if `out` is an input, lies in one, or holds one: writing there could damage it.
+
+    inputs: by the name of their option.
+    """
+    folder = out.resolve()
+    for option, path in inputs.items():
+        if path is not None and (path := path.resolve()).exists():
+            if path == folder or path in folder.parents or folder in path.parents:
+                how = "is" if path == folder else "lies in" if path in folder.parents else "holds"
+                raise InputError(f"--out {out} {how} {option} {path}, which this run only reads; give another --out")

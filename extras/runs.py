@@ -14,23 +14,23 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from data import Corpus, InputError, Utterance, replace_file
+from data import SPLITS, Corpus, InputError, Utterance, replace_file
 from encoders import MediaStore, video_shape
 from magtkd import TABLE_NAMES
 
 MARKER = "magtkd-run.json"
 FOLDERS = ("fusion", "sweep", "presets", "media", "figures", "corpus", "tiny")
+ENCODER = r"(\.features\.safetensors|\.safetensors|\.resume\.pt)"  # the endings of an encoder's files
 # The names of all files that a run makes: --fresh removes these and no others.
 OWN = re.compile(
     r"(magtkd-run\.json|config\.json|metrics\.json|report\.md|sweep\.md|presets\.md|log\.jsonl|crash\.txt"
     r"|(features|fusion)\.safetensors"
-    r"|(text|audio|video|audio_kd|video_kd)(\.features)?\.safetensors"
-    r"|(text|audio|video|audio_kd|video_kd)\.resume\.pt"
+    rf"|(text|audio|video|audio_kd|video_kd){ENCODER}"
     r"|(fusion|sweep|presets)/log\.jsonl"
     r"|fusion/(Concat|Context|MAGT)-T(\+(A|A_KD|V|V_KD))*-seed\d+\.(json|safetensors|resume\.pt)"
     r"|sweep/alpha[\d_e+-]+-beta[\d_e+-]+-seed\d+\.(json|safetensors|resume\.pt)"
@@ -42,19 +42,6 @@ OWN = re.compile(
     r"|special_tokens_map|processor_config)\.json|tiny(\.part)?/(text|audio|video)/model\.safetensors"
     r")(\.part)?"
 )
-
-
-def check_paths(out: Path, inputs: dict[str, Path | None]) -> None:
-    """Errors: InputError if `out` is an input, lies in one, or holds one: writing there could damage it.
-
-    inputs: by the name of their option.
-    """
-    folder = out.resolve()
-    for option, path in inputs.items():
-        if path is not None and (path := path.resolve()).exists():
-            if path == folder or path in folder.parents or folder in path.parents:
-                how = "is" if path == folder else "lies in" if path in folder.parents else "holds"
-                raise InputError(f"--out {out} {how} {option} {path}, which this run only reads; give another --out")
 
 
 class Run:
@@ -94,35 +81,32 @@ class Run:
         """
         wanted = [m for m in ("audio", "video") if m in config.modalities]
         now = {m: stamps(corpus, m) for m in wanted}
-        before, new = self.record.get("media", now), self.out / "media" / "new"
+        before, shape = self.record.get("media", now), ()
         changed = {m: [u for u in corpus.utterances() if before.get(m, {}).get(u.id) != now[m][u.id]] for m in wanted}
-        if any(changed.values()):
-            shape = video_shape(config.video_model) if changed.get("video") else (8, 224)
-            store = MediaStore(self.out / "media", tuple(wanted), *shape)
-            for m, some in changed.items():
-                if some:
-                    print(f"{len(some)} {m} files changed since the last start: decoded again")
-                    self._renew(store, MediaStore(new, (m,), *shape), m, some, workers)
-        remove(self.out, re.compile(r"media/new/.*"))  # of this start, or of one that was killed
-        for folder in (new / "audio", new / "video", new):
+        if changed.get("video"):
+            shape = video_shape(config.video_model)
+        for m, some in changed.items():
+            if some:
+                print(f"{len(some)} {m} files changed since the last start: decoded again")
+                self._renew(m, some, shape, workers)
+        remove(self.out, re.compile(r"media/new/.*"))  # what is the same as before, or of a start that was killed
+        for folder in (self.out / "media/new" / name for name in ("audio", "video", "")):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         self.save(media=now)
 
-    def _renew(self, old: MediaStore, new: MediaStore, m: str, utterances: list[Utterance], workers: int) -> None:
-        remove(self.out, re.compile(rf"media/new/{m}/.*"))
+    def _renew(self, m: str, utterances: list[Utterance], shape: tuple[int, ...], workers: int) -> None:
+        remove(self.out, re.compile(r"media/new/.*"))
+        old, new = (MediaStore(folder, (m,), *shape) for folder in (self.out / "media", self.out / "media" / "new"))
         new.fill(utterances, workers)
-        files = [p for u in utterances for p in (new._path(u.id, m), new._path(u.id, m, "txt")) if p.exists()]
-        files = [p for p in files if not same_bytes(p, old.folder / m / p.name)]
-        if files:
+        made = self.files(rf"media/new/{m}/.*")
+        fresh = [path for path in made if not same_bytes(path, old.folder / m / path.name)]
+        if fresh:
             names = [k for k in TABLE_NAMES if k.removesuffix("_kd") == m]
-            gone = remove(
-                self.out, re.compile(rf"({'|'.join(names)})(\.features\.safetensors|\.safetensors|\.resume\.pt)")
-            )
-            gone += self.remove_fusions(names)
+            gone = remove(self.out, re.compile(rf"({'|'.join(names)}){ENCODER}")) + self.remove_fusions(names)
             if gone:
-                print(f"{len(files)} of them are different: {', '.join(names)} and the fusions are trained again")
-        for path in files:
+                print(f"{len(fresh)} of them are different: {', '.join(names)} and the fusions are trained again")
+        for path in fresh:
             for ending in (".npy", ".txt"):
                 (old.folder / m / path.name).with_suffix(ending).unlink(missing_ok=True)
             os.replace(path, old.folder / m / path.name)
@@ -141,7 +125,7 @@ class Run:
         lost = [k for k in TABLE_NAMES if not (self.out / f"{k}.features.safetensors").exists()]
         gone = []
         if "text" in lost:  # their teacher
-            gone = remove(self.out, re.compile(r"(audio|video)_kd(\.features\.safetensors|\.safetensors|\.resume\.pt)"))
+            gone = remove(self.out, re.compile(rf"(audio|video)_kd{ENCODER}"))
             lost += ["audio_kd", "video_kd"]
         if gone := gone + self.remove_fusions(lost):
             print(f"{self.out}: an encoder's features are missing; what was made from them is made again")
@@ -158,12 +142,8 @@ class Run:
 
     def keep_problems(self, problems: list[str]) -> list[str]:
         """The lines about broken media, with those from before about files that the store no longer holds."""
-        there = {(p.stem, p.parent.name) for p in self.files(r"media/.*")}
-        old = [
-            x
-            for x in self.record.get("problems", [])
-            if tuple(x.split(" ")[:2]) not in {(f"{i}:", m) for i, m in there}
-        ]
+        there = {f"{p.stem}: {p.parent.name}" for p in self.files(r"media/.*")}
+        old = [line for line in self.record.get("problems", []) if " ".join(line.split(" ")[:2]) not in there]
         self.save(problems=sorted({*old, *problems}))
         return self.record["problems"]
 
@@ -186,48 +166,51 @@ def open_run(out: Path, options: dict, fresh: bool) -> Run:
     options: all that change a result. Errors: InputError if the folder holds foreign files, if another process runs in
     it, if it was begun with other options, or if one of a run's files is something else than a file.
     """
-    options = json.loads(json.dumps(options))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        foreign = [entry.name for entry in out.iterdir() if entry.name != ".lock"]
-        if foreign and not {MARKER, f"{MARKER}.part"} & set(foreign):
-            raise InputError(
-                f"{out}: holds files that are not of a run ({', '.join(sorted(foreign)[:3])}), and no {MARKER}; give a "
-                "new folder with --out"
-            )
-        lock = open(out / ".lock", "a+")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise InputError(
-            f"{out}: another run is at work in this folder; wait for it, or give another one with --out"
-        ) from e
-    except OSError as e:
-        raise InputError(f"{out}: cannot be written ({e.strerror}); give another folder with --out") from e
-    kept = {}
-    if fresh:
-        if links := [name for name in FOLDERS if name != "media" and (out / name).is_symlink()]:
-            raise InputError(
-                f"{out / links[0]}: a link, which --fresh does not follow; remove it, or give another --out"
-            )
-        if (out / "media").is_symlink():  # what was decoded stays there: so must be known what it was decoded from
-            kept = {"media": read_marker(out / MARKER).get("media", {})}
-        remove(out, OWN)
+    lock, options = lock_folder(out), json.loads(json.dumps(options))
+    kept = clear(out) if fresh else {}
     check_kinds(out)
     run = Run(out, lock, kept | read_marker(out / MARKER))
     before = run.record.setdefault("options", options)
-    changes = [
-        f"{key}: {before.get(key)} there, {options.get(key)} now"
-        for key in sorted(before.keys() | options.keys())
-        if before.get(key) != options.get(key)
-    ]
-    if changes:
+    changed = [key for key in sorted(before.keys() | options.keys()) if before.get(key) != options.get(key)]
+    if changed:
+        changes = "; ".join(f"{key}: {before.get(key)} there, {options.get(key)} now" for key in changed)
         raise InputError(
-            f"{out} was begun with another configuration ({'; '.join(changes)}). Give the same options to go on, "
-            "another folder with --out, or --fresh to delete what the run made."
+            f"{out} was begun with another configuration ({changes}). Give the same options to go on, another folder "
+            "with --out, or --fresh to delete what the run made."
         )
     run.save(program="magtkd")
     replace_file(out / "config.json", lambda part: part.write_text(json.dumps(options, indent=2)))
     return run
+
+
+def lock_folder(out: Path) -> IO:
+    """Makes the folder; the lock lasts until the file is closed. Errors: InputError if it is no run's, or in use."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in out.iterdir()} - {".lock"}
+        if names and not names & {MARKER, f"{MARKER}.part"}:
+            some = ", ".join(sorted(names)[:3])
+            raise InputError(f"{out}: holds files that are not of a run ({some}), no {MARKER}; give a new --out")
+        lock = open(out / ".lock", "a+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError as e:
+        raise InputError(f"{out}: another run is at work in this folder; wait for it, or give another --out") from e
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written ({e.strerror}); give another folder with --out") from e
+
+
+def clear(out: Path) -> dict[str, Any]:
+    """--fresh: removes the run's own files. Returns what of the marker must be kept: the stamps of a linked store.
+
+    What was decoded into a linked `media` stays there, so it must be known what it was decoded from.
+    """
+    if links := [name for name in FOLDERS if name != "media" and (out / name).is_symlink()]:
+        raise InputError(f"{out / links[0]}: a link, which --fresh does not follow; remove it, or give another --out")
+    linked = (out / "media").is_symlink()
+    kept = {"media": read_marker(out / MARKER).get("media", {})} if linked else {}
+    remove(out, re.compile(rf"(?!media/){OWN.pattern}") if linked else OWN)
+    return kept
 
 
 def read_marker(path: Path) -> dict:
@@ -265,22 +248,15 @@ def check_kinds(out: Path) -> None:
             raise InputError(f"{path}: is no file; move it away or delete it, a run writes a file of this name")
     for name in (*FOLDERS, "media/audio", "media/video"):
         if os.path.lexists(out / name) and not (out / name).is_dir():
-            raise InputError(
-                f"{out / name}: is no folder; move it away or delete it, a run makes a folder of this name"
-            )
+            raise InputError(f"{out / name}: is no folder; move it away or delete it, a run makes one of this name")
 
 
 def remove(out: Path, pattern: re.Pattern) -> list[Path]:
     """Removes the run's own files whose path matches, and folders that this leaves empty; links to folders stay."""
     gone = []
     for path in list(own_files(out)):
-        inside = path.relative_to(out).as_posix()
-        followed = (out / "media").is_symlink() and inside.startswith("media/")  # --fresh leaves what lies elsewhere
-        if (
-            pattern.fullmatch(inside)
-            and not (followed and pattern is OWN)
-            and not (path.is_dir() and not path.is_symlink())
-        ):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if pattern.fullmatch(path.relative_to(out).as_posix()) and not is_folder:
             path.unlink()
             gone.append(path)
     for folder in sorted({parent for path in gone for parent in path.parents if out in parent.parents}, reverse=True):
@@ -315,16 +291,15 @@ def compare(before: dict[str, list], now: dict[str, list]) -> list[str]:
 
 
 def stamps(corpus: Corpus, modality: str) -> dict[str, list[int] | None]:
-    """Size and time of change of each utterance's file."""
-    known: dict[Path | None, list[int] | None] = {None: None}
-    for u in corpus.utterances():
-        if (path := getattr(u, modality)) not in known:
-            try:
-                about = os.stat(path)
-                known[path] = [about.st_size, about.st_mtime_ns]
-            except OSError:
-                known[path] = None
-    return {u.id: known[getattr(u, modality)] for u in corpus.utterances()}
+    """Size and time of change of each utterance's file; None if there is none."""
+    found: dict[Path | None, list[int] | None] = {None: None}
+    for path in {getattr(u, modality) for u in corpus.utterances()} - {None}:
+        try:
+            about = os.stat(path)
+            found[path] = [about.st_size, about.st_mtime_ns]
+        except OSError:
+            found[path] = None
+    return {u.id: found[getattr(u, modality)] for u in corpus.utterances()}
 
 
 def same_bytes(a: Path, b: Path) -> bool:
@@ -345,18 +320,16 @@ def what_is_wrong(result: Any, labels: list[int], num_classes: int) -> str:
     try:
         if result["labels"] != labels:
             return "it belongs to other labels than the corpus has now"
-        guesses, epochs = np.array(result["predictions"]), result["history"]
-        numbers = [result["seed"], result["epoch"], result["dev_f1"], *result["test_selected"].values()]
-        numbers += [
-            x for epoch in epochs for s in ("train", "dev", "test") for x in (epoch[s]["loss"], *epoch[s].values())
-        ]
-        whole = guesses.dtype.kind == "i" and guesses.shape == (len(labels),) and len(epochs) >= result["epoch"] >= 1
-        if whole and 0 <= guesses.min() and guesses.max() < num_classes and np.isfinite(numbers).all():
-            return (
-                ""
-                if {"accuracy", "weighted_f1", "macro_f1"} <= result["test_selected"].keys()
-                else "scores are missing"
-            )
+        guesses, epochs, selected = np.array(result["predictions"]), result["history"], result["test_selected"]
+        terms = [epoch[split] for epoch in epochs for split in SPLITS]
+        numbers = [result["seed"], result["dev_f1"], *selected.values(), *(x for t in terms for x in t.values())]
+        if (
+            guesses.dtype.kind == "i" and guesses.shape == (len(labels),)
+            and 0 <= guesses.min() and guesses.max() < num_classes
+            and 1 <= result["epoch"] <= len(epochs) and all("loss" in t for t in terms)
+            and selected.keys() >= {"accuracy", "weighted_f1", "macro_f1"} and np.isfinite(numbers).all()
+        ):  # fmt: skip
+            return ""
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         pass
     return "not a result of this program's stage 2"
