@@ -119,6 +119,7 @@ def nested(block: Block, q, k, v, lengths, readable, kept) -> Tensor:
     at = offsets(tuple(lengths), q.device, torch.int64)
 
     def jagged(x: Tensor) -> Tensor:  # [N, D] -> [B, heads, (U), D / heads]
+        x = x if x.is_cuda else x.contiguous()  # the CPU's kernel takes no half of a tensor, as k and v are
         x = x.unflatten(-1, (block.heads, -1))
         x = torch.nested.nested_tensor_from_jagged(x, at, min_seqlen=min(lengths), max_seqlen=max(lengths))
         return x.transpose(1, 2)

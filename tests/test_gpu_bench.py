@@ -56,10 +56,11 @@ def test_what_the_toy_compares_is_equal(toy):
     }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("attention", ["padded", "nested"])
 def test_all_ways_to_attend_are_one_function(attention, monkeypatch):
     # torch's choice of a kernel for nested tensors asks a driver, even for those on the CPU
-    monkeypatch.setattr(sdpa, "can_use_cudnn_attention", lambda *_: False)
+    monkeypatch.setattr(sdpa, "can_use_cudnn_attention", lambda *_, **__: False)
     torch.manual_seed(0)
     data = gpu_stage2.TOY.conversations(16, CPU)
     batch = data.batch(data.splits["train"])
