@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import magtkd
-from data import SPLITS, InputError
-from features import read_features, write_features
-from pickles import load_pickle, read_pickles
+from data import SPLITS, InputError, write_features
+from extras.features import read_features
+from extras.pickles import load_pickle, read_pickles
 
 KINDS = {"text": 5, "audio": 4, "video": 3, "audio_kd": 4}
 
@@ -47,7 +47,7 @@ def write(folder, change=None, protocol=pickle.DEFAULT_PROTOCOL):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_read_as_written(tmp_path, protocol):
     features = read_pickles(write(tmp_path, protocol=protocol))
-    assert list(features.vectors) == ["text", "audio", "video", "audio_kd"]
+    assert list(features.features) == ["text", "audio", "video", "audio_kd"]
     assert features.conversation_names == [f"{s} {c}" for s in SPLITS for c in ("d1", "d0")]  # the order of vids
     assert features.conversation.tolist() == [0, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5]
     assert features.split.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -57,11 +57,11 @@ def test_read_as_written(tmp_path, protocol):
     dev = content("dev")
     for kind in KINDS:
         expected = torch.from_numpy(np.stack(dev[kind]["d1"] + dev[kind]["d0"])).nan_to_num()
-        assert torch.equal(features.vectors[kind][4:8], expected)
+        assert torch.equal(features.features[kind][4:8], expected)
     assert features.present["audio"].tolist() == [True, True, False, True] * 3
     write_features(tmp_path / "f.safetensors", features)
     again = read_features(tmp_path / "f.safetensors")  # it is a feature file like any other
-    assert torch.equal(again.vectors["text"], features.vectors["text"])
+    assert torch.equal(again.features["text"], features.features["text"])
 
 
 def test_numpy_1_wrote_other_names(tmp_path):
@@ -70,7 +70,7 @@ def test_numpy_1_wrote_other_names(tmp_path):
         old = path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
         assert b"cnumpy.core.multiarray\n" in old and b"_core" not in old
         path.write_bytes(old)
-    assert read_pickles(tmp_path).vectors["text"].shape == (12, 5)
+    assert read_pickles(tmp_path).features["text"].shape == (12, 5)
 
 
 def test_arrays_of_every_plain_kind(tmp_path):
@@ -182,7 +182,7 @@ def test_a_torn_file(tmp_path, data):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda f: f.pop("text"), "field 'text' is missing; it has audio"),
+        (lambda f: f.pop("text"), "field 'text' is missing; it has 'audio'"),
         (lambda f: f.pop("labels"), "field 'labels' is missing"),
         (lambda f: f.pop("audio_kd"), "field 'audio_kd' is in some of the three files only"),
         (lambda f: f["audio"].pop("d0"), "field 'audio': conversation 'd0' is missing"),
@@ -196,7 +196,7 @@ def test_a_torn_file(tmp_path, data):
         (lambda f: f["text"]["d0"].__setitem__(1, np.zeros(9)), "'text': dev d0 1 has 9 numbers, the first 5"),
         (lambda f: f["text"]["d0"].__setitem__(1, np.zeros((2, 5))), "wanted a vector, got an array [2, 5]"),
         (lambda f: f["text"]["d0"].__setitem__(1, "words"), "utterance 1: no vector of numbers"),
-        (lambda f: f["text"]["d0"][1].__setitem__(0, np.inf), "'text': NaN or infinity in dev d0 1"),
+        (lambda f: f["text"]["d0"][1].__setitem__(0, np.inf), "'text' has NaN or infinity inside row 6, 'dev d0 1'"),
         (lambda f: f["labels"]["d0"].__setitem__(1, -1), "utterance 1: wanted a number from 0 or a name, got -1"),
         (lambda f: f["speakers"]["d0"].__setitem__(1, [1]), "wanted a number from 0 or a name"),
     ],
@@ -207,7 +207,9 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
 
 
 def test_a_file_missing(tmp_path, capsys):
-    write(tmp_path)
-    (tmp_path / "first_stage_dev_features.pkl").unlink()
-    assert magtkd.main(["meld", "--features", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    folder = tmp_path / "published"
+    folder.mkdir()
+    write(folder)
+    (folder / "first_stage_dev_features.pkl").unlink()
+    assert magtkd.main(["meld", "--features", str(folder), "--out", str(tmp_path / "run")]) == 2
     assert "first_stage_dev_features.pkl missing" in capsys.readouterr().err
