@@ -257,7 +257,9 @@ def read_meld(root: Path) -> Corpus:
     root = Path(root)
     tables = {split: _find(root, split, f"{split}_sent_emo.csv") for split in SPLITS}
     if lacking := [f"{split}_sent_emo.csv" for split, path in tables.items() if path is None]:
-        packed = " There is a .tar.gz in it: unpack it, and those inside it, first." if _packed(root) else ""
+        packed = (
+            " There is a .tar.gz in it: unpack it, and those inside it, first." if any(root.glob("*.tar.gz")) else ""
+        )
         raise InputError(
             f"no complete MELD at {root}: looked there and in its folders train/, dev/ and test/ for "
             f"{', '.join(lacking)}.{packed} Get MELD.Raw.tar.gz (10.9 GB) by the links of "
@@ -308,10 +310,6 @@ def _find(root: Path, split: str, name: str) -> Path | None:
     """`name` in root or below root/split, wherever it exists."""
     folders = (root, root / split, root / split / split)
     return next((path for folder in folders if (path := folder / name).is_file() or path.is_dir()), None)
-
-
-def _packed(root: Path) -> bool:
-    return root.is_dir() and any(root.glob("*.tar.gz"))
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

@@ -129,8 +129,8 @@ def _pick(film: Iterable[av.VideoFrame], times: np.ndarray, rate: float) -> list
 
 
 def _open(path: Path):
-    if not Path(path).is_file():
-        raise MediaError("not a file" if Path(path).exists() else "missing")
+    if not os.path.isfile(path):  # False, without an error, for names that no disk can hold
+        raise MediaError("not a file" if os.path.exists(path) else "missing")
     return av.open(str(path))
 
 
@@ -149,11 +149,8 @@ def decode(u: Utterance, modality: str, frames: int = 8, size: int = 224) -> np.
     except MediaError:
         raise
     except Exception as e:
-        try:
-            size = Path(path).stat().st_size
-        except OSError as why:
-            raise MediaError(why.strerror or "cannot be read") from e
-        raise MediaError("empty file" if not size else f"broken, {size} bytes ({type(e).__name__})") from e
+        size = os.path.getsize(path)
+        raise MediaError(f"broken, {size} bytes ({type(e).__name__})" if size else "empty file") from e
 
 
 # What was decoded, on disk

@@ -96,14 +96,7 @@ class Block(nn.Module):
         self.drop = Dropout(config.dropout)
         self.ffn = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), self.drop, nn.Linear(D, D), self.drop)
 
-    def forward(
-        self,
-        anchor: Tensor,
-        source: Tensor,
-        lengths: list[int],
-        readable: Tensor | None = None,
-        kept: list | None = None,
-    ) -> Tensor:
+    def forward(self, anchor: Tensor, source: Tensor, lengths: list[int], readable=None, kept=None) -> Tensor:
         """anchor, source [N, D] -> [N, D].
 
         readable: [N] bool, False where the source's utterance may not be read. None: all may.
@@ -152,14 +145,7 @@ class Anchor(nn.Module):
         self.gate = nn.ModuleDict({source: nn.Linear(D, D) for source in sources})
         self.merge = nn.Linear(len(sources) * D, D)  # the paper does not say how; concatenate and project
 
-    def forward(
-        self,
-        anchor: Tensor,
-        sources: dict[str, Tensor],
-        lengths: list[int],
-        present: dict[str, Tensor],
-        past: Past | None = None,
-    ) -> Tensor:
+    def forward(self, anchor: Tensor, sources: dict[str, Tensor], lengths: list[int], present, past=None) -> Tensor:
         """anchor [N, D]; sources {modality: [N, D]}; present {modality: [N] bool}. Returns [N, D]."""
         streams = []
         for source, block in self.block.items():

@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import losses
+
 from data import MODALITIES, SPLITS, Batch, Conversations, Corpus, Encoded, FeatureFile, InputError  # isort: skip
 from data import load_state, read_encoded, replace_file, save_state, to_feature_file, write_encoded, write_features  # isort: skip
 from encoders import ENCODERS, Encoder, MediaStore, video_shape
@@ -143,15 +144,15 @@ def train(
         if dev_f1 > best["dev_f1"]:
             weights = {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()}
             best = {"dev_f1": dev_f1, "model": weights}
-        about = {"model": path.name, "epoch": epoch + 1}
         for step, term in enumerate(terms if recipe.log_steps else []):
-            log(path.parent, device, **about, step=step, **{name: float(x) for name, x in term.items()})
-        about |= {"lr": schedule.get_last_lr()[0], "seconds": seconds}
-        log(path.parent, device, **about, dev_f1=dev_f1, **history[-1]["train"])
+            log(path, device, epoch, step=step, **{name: float(x) for name, x in term.items()})
+        lr = schedule.get_last_lr()[0]
+        log(path, device, epoch, lr=lr, seconds=seconds, dev_f1=dev_f1, **history[-1]["train"])
         if time.monotonic() - printed > 5:  # a line every 5 seconds at the most: epochs of stage 2 can be short
-            loss, printed = history[-1]["train"]["loss"], time.monotonic()
-            where = f"{path.name}: epoch {epoch + 1} of {recipe.epochs}"
-            print(f"{where}, loss {loss:.4f}, dev W-F1 {dev_f1:.2f}", flush=True)
+            done, printed = f"{epoch + 1} of {recipe.epochs}", time.monotonic()
+            print(
+                f"{path.name}: epoch {done}, loss {history[-1]['train']['loss']:.4f}, dev W-F1 {dev_f1:.2f}", flush=True
+            )
         if time.monotonic() - saved > 10 * cost:  # saving may take a tenth of the time
             begun = time.monotonic()
             save_state(resume, parts, history, best)
@@ -229,13 +230,13 @@ def seed_everything(*parts: int | str) -> None:
     torch.manual_seed(seed)
 
 
-def log(out: Path, device: torch.device, **entry) -> None:
-    """Appends a line to out/log.jsonl: what an epoch was like, with the memory it took, in bytes."""
+def log(path: Path, device: torch.device, epoch: int, **entry) -> None:
+    """Appends a line to log.jsonl beside `path`: what an epoch was like, with the memory it took, in bytes."""
     if device.type == "cuda":
         entry["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
     entry["process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the largest so far
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(entry) + "\n")
+    with open(path.parent / "log.jsonl", "a") as f:
+        f.write(json.dumps({"model": path.name, "epoch": epoch + 1, **entry}) + "\n")
 
 
 def scores(labels: list[int], predictions: list[int]) -> dict[str, float]:

@@ -229,10 +229,10 @@ def test_broken_files(tmp_path, modality, make, words):
     "path, words",
     [
         (None, "missing"),
-        (Path("x" * 300), "File name too long"),
-        (Path("x/" * 3000), "File name too long"),
+        (Path("x" * 300), "missing"),
+        (Path("x/" * 3000), "missing"),
         (Path("nul\0.wav"), "missing"),
-        (Path("lone surrogate \ud800.wav"), "missing|cannot be read"),
+        (Path("lone surrogate \ud800.wav"), "missing"),
     ],
     ids=["None", "a long name", "a long path", "NUL", "a surrogate"],
 )
