@@ -24,18 +24,19 @@ from encoders import MediaStore, video_shape
 from magtkd import TABLE_NAMES
 
 MARKER = "magtkd-run.json"
-FOLDERS = ("fusion", "sweep", "presets", "media", "figures", "corpus", "tiny")
+FOLDERS = ("fusion", "sweep", "presets", "anatomy", "media", "figures", "corpus", "tiny")
 ENCODER = r"(\.features\.safetensors|\.safetensors|\.resume\.pt)"  # the endings of an encoder's files
 # The names of all files that a run makes: --fresh removes these and no others.
 OWN = re.compile(
-    r"(magtkd-run\.json|config\.json|metrics\.json|report\.md|sweep\.md|presets\.md|log\.jsonl|crash\.txt"
+    r"(magtkd-run\.json|config\.json|metrics\.json|report\.md|sweep\.md|presets\.md|log\.jsonl|crash\.txt|anatomy\.(json|md)"
     r"|(features|fusion)\.safetensors"
     rf"|(text|audio|video|audio_kd|video_kd){ENCODER}"
-    r"|(fusion|sweep|presets)/log\.jsonl"
+    r"|(fusion|sweep|presets|anatomy)/log\.jsonl"
     r"|fusion/(Concat|Context|MAGT)-T(\+(A|A_KD|V|V_KD))*-seed\d+\.(json|safetensors|resume\.pt)"
     r"|sweep/alpha[\d_e+-]+-beta[\d_e+-]+-seed\d+\.(json|safetensors|resume\.pt)"
     r"|presets/(paper|row\d+|released)-seed\d+\.(json|safetensors|resume\.pt)"
-    r"|figures/(confusion|losses|gates|tsne|sweep)\.png"
+    r"|anatomy/(Concat|Context|MAGT)[\w+-]*-seed\d+\.(json|heard\.json|safetensors|resume\.pt)"
+    r"|figures/(confusion|losses|gates|tsne|sweep|anatomy)\.png"
     r"|media/(new/)?(audio|video)/(Ses\w+|(train|dev|test)_dia\d+_utt\d+)(~\w+)?\.(npy|txt)"
     r"|corpus(\.part)?/(README\.txt|Session\d/(dialog|sentences)/.*Ses0\d[FM]_\w+\.(txt|avi|wav))"
     r"|tiny(\.part)?/(text|audio|video)/(config|tokenizer|tokenizer_config|preprocessor_config|video_preprocessor_config"
@@ -115,7 +116,7 @@ class Run:
         """Removes the results of stage 2 that were made from these encoders' features."""
         kinds = "|".join(re.escape(TABLE_NAMES[name]) for name in names)
         rows = remove(self.out, re.compile(rf"fusion/\w+-([\w+]+\+)?({kinds})(\+[\w+]+)?-seed.*"))
-        return rows + (remove(self.out, re.compile(r"(sweep|presets)/.*-seed.*")) if rows else [])
+        return rows + (remove(self.out, re.compile(r"(sweep|presets|anatomy)/.*-seed.*")) if rows else [])
 
     def drop_orphans(self) -> None:
         """Removes what was made from an encoder's features that are no longer there (the user deleted a damaged file).
@@ -132,7 +133,7 @@ class Run:
 
     def check_results(self, labels: list[int], num_classes: int) -> None:
         """Errors: InputError for a result of stage 2 that is damaged, or belongs to other labels of test."""
-        for path in self.files(r"(fusion|sweep|presets)/.*\.json"):
+        for path in self.files(r"(fusion|sweep|presets|anatomy)/.*-seed\d+\.json"):
             wrong = what_is_wrong(read_json(path), labels, num_classes)
             weights = path.with_suffix(".safetensors")
             if not wrong and path.parent.name == "fusion":
