@@ -139,20 +139,17 @@ def train(
         check_finite([term["loss"] for term in terms], batches)
         seconds = time.perf_counter() - start
 
-        history.append({"train": mean_terms(terms), **evaluate()})
-        dev_f1 = history[-1]["dev_f1"]
-        if dev_f1 > best["dev_f1"]:
+        mean, found = mean_terms(terms), evaluate()
+        history.append({"train": mean, **found})
+        if found["dev_f1"] > best["dev_f1"]:
             weights = {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()}
-            best = {"dev_f1": dev_f1, "model": weights}
+            best = {"dev_f1": found["dev_f1"], "model": weights}
         for step, term in enumerate(terms if recipe.log_steps else []):
             log(path, device, epoch, step=step, **{name: float(x) for name, x in term.items()})
-        lr = schedule.get_last_lr()[0]
-        log(path, device, epoch, lr=lr, seconds=seconds, dev_f1=dev_f1, **history[-1]["train"])
+        log(path, device, epoch, lr=schedule.get_last_lr()[0], seconds=seconds, dev_f1=found["dev_f1"], **mean)
         if time.monotonic() - printed > 5:  # a line every 5 seconds at the most: epochs of stage 2 can be short
-            done, printed = f"{epoch + 1} of {recipe.epochs}", time.monotonic()
-            print(
-                f"{path.name}: epoch {done}, loss {history[-1]['train']['loss']:.4f}, dev W-F1 {dev_f1:.2f}", flush=True
-            )
+            printed, now = time.monotonic(), f"{path.name}: epoch {epoch + 1} of {recipe.epochs}"
+            print(f"{now}, loss {mean['loss']:.4f}, dev W-F1 {found['dev_f1']:.2f}", flush=True)
         if time.monotonic() - saved > 10 * cost:  # saving may take a tenth of the time
             begun = time.monotonic()
             save_state(resume, parts, history, best)
