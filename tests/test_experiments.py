@@ -8,31 +8,30 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-import experiments
+import losses
 import magtkd
-import stage2
-from experiments import confusions, mean_gates, paired_bootstrap, weighted_f1
-from features import Features, write_features
-from fusion import MAGT, RELEASED, FusionConfig
-from training import CONFIGS, PRESETS, class_weights
-
-CPU = torch.device("cpu")
+from data import FeatureFile, write_features
+from extras import experiments
+from extras.experiments import confusions, mean_gates, paired_bootstrap, weighted_f1
+from extras.released import RELEASED, Differences, ReleasedConfig, ReleasedMAGT
+from fusion import MAGT, FusionConfig
+from magtkd import CONFIGS, class_weights, load_fusion
 
 
 def example(conversations=(6, 3, 4), utterances=4, classes=3):
-    """Vectors that give the label away; the second class is rare."""
+    """Features that give the label away; the second class is rare."""
     generator = torch.Generator().manual_seed(0)
     C = sum(conversations)
     N = C * utterances
     label = torch.multinomial(torch.tensor([0.5, 0.1, 0.4]), N, replacement=True, generator=generator)
     label[:classes] = torch.arange(classes)
-    vectors = {k: torch.randn(N, 6, generator=generator) for k in ("text", "audio_kd", "video")}
-    for x in vectors.values():
+    features = {k: torch.randn(N, 6, generator=generator) for k in ("text", "audio_kd", "video")}
+    for x in features.values():
         x[torch.arange(N), label] += 2
     split = torch.arange(3).repeat_interleave(torch.tensor(conversations))
-    return Features(
-        vectors=vectors,
-        present={k: torch.ones(N, dtype=torch.bool) for k in vectors},
+    return FeatureFile(
+        features=features,
+        present={k: torch.ones(N, dtype=torch.bool) for k in features},
         label=label,
         speaker=torch.arange(N) % 2,
         conversation=torch.arange(C).repeat_interleave(utterances),
@@ -100,33 +99,32 @@ def test_one_conversation_leaves_nothing_to_draw():
     assert difference and (low, high) == pytest.approx((difference, difference))
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED])
-def test_mean_gates_equal_the_formula(changes):
+@pytest.mark.parametrize("released", [False, True])
+def test_mean_gates_equal_the_formula(released):
     torch.manual_seed(0)
-    features = example()
-    config = FusionConfig(dict.fromkeys(("text", "audio", "video"), 6), 3, 2, width=8, heads=2, **changes)
-    model = MAGT(config).eval()
+    sizes = {"widths": dict.fromkeys(("text", "audio", "video"), 6), "num_classes": 3, "num_speakers": 2}
+    sizes |= {"width": 8, "heads": 2}
+    model = MAGT(FusionConfig(**sizes)).eval()
+    if released:
+        model = ReleasedMAGT(ReleasedConfig(**sizes, shared_text_anchor=True, relu_gate=True, tags_twice=True)).eval()
     with torch.no_grad():
         for source, bias in (("text", 3.0), ("audio", 0.0), ("video", -3.0)):  # W = 0: the gate is sigmoid(b)
             model.anchor["video"].gate[source].weight.zero_()
             model.anchor["video"].gate[source].bias.fill_(bias)
-    gates = mean_gates(model, ("text", "audio_kd", "video"), features)
-    low = 0.5 if changes else 1 / (1 + np.exp(3))
+    gates = mean_gates(model, ("text", "audio_kd", "video"), example())
+    low = 0.5 if released else 1 / (1 + np.exp(3))
     assert gates[2] == pytest.approx([1 / (1 + np.exp(-3)), 0.5, low], abs=1e-6)
     assert gates.shape == (3, 3) and (0 < gates).all() and (gates < 1).all()
     assert len(set(gates[0].tolist())) == 3  # the streams of a shared gate are told apart
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any("alpha" in vars(anchor) for anchor in model.anchor.values())  # the model is as it was
 
 
 def test_differences_change_one_thing_each():
-    paper = experiments.differences("iemocap")["paper"][1]
+    paper = vars(Differences())
     for corpus in CONFIGS:
         rows = experiments.differences(corpus)
-        assert rows["released"][1] == PRESETS["released"][corpus] and rows["paper"][1] == paper
-        changed = {}
-        for name, (_, preset) in rows.items():
-            fields = {**vars(preset), **preset.fusion}
-            changed[name] = {k for k, x in fields.items() if k != "fusion" and x != vars(paper).get(k)}
+        assert rows["released"][1] == RELEASED[corpus] and rows["paper"][1] == Differences()
+        changed = {name: {k for k, x in vars(row).items() if x != paper[k]} for name, (_, row) in rows.items()}
         loss = {"branch_cross_entropy", "feature_loss"} if corpus == "meld" else {"branch_cross_entropy"}
         assert changed["row14"] == loss and not changed["paper"]
         assert all(len(changed[n]) == 1 for n in rows if n not in ("paper", "row14", "released"))
@@ -150,12 +148,12 @@ def test_a_sweep_and_its_second_start(options, tmp_path, monkeypatch, capsys):
     names = ("alpha0-beta0", "alpha0-beta0_5", "alpha0_5-beta0", "alpha0_5-beta0_5")
     assert cells == [f"{name}-seed{seed}.json" for name in names for seed in (0, 1)]  # no weights
     kept = [json.loads((tmp_path / "run" / "sweep" / c).read_text())["history"][-1]["train"] for c in cells]
-    assert len({x["total"] for x in kept}) == 8  # alpha and beta took effect
+    assert len({x["loss"] for x in kept}) == 8  # alpha and beta took effect
 
     (tmp_path / "run" / "sweep" / cells[3]).unlink()
     trained = []
-    real = stage2.FusionConfig
-    monkeypatch.setattr(stage2, "FusionConfig", lambda *a, **k: trained.append(1) or real(*a, **k))
+    real = magtkd.FusionConfig
+    monkeypatch.setattr(magtkd, "FusionConfig", lambda *a, **k: trained.append(1) or real(*a, **k))
     assert magtkd.main([*options, "--sweep", "0", "0.5"]) == 0
     assert len(trained) == 1 and (tmp_path / "run" / "sweep.md").read_text() == text
 
@@ -178,7 +176,7 @@ def test_the_ablation_compares_and_draws(options, tmp_path):
     a, b = (metrics["rows"][f"{f} T+A_KD+V"]["weighted_f1"]["mean"] for f in ("MAGT", "Concat"))
     assert c["difference"] == pytest.approx(a - b) and c["low"] <= c["difference"] <= c["high"]
     assert all((tmp_path / "run" / "figures" / f"{name}.png").exists() for name in ("gates", "tsne"))
-    model, kinds = stage2.load_fusion(tmp_path / "run" / "fusion.safetensors")
+    model, kinds = load_fusion(tmp_path / "run" / "fusion.safetensors")
     assert isinstance(model, MAGT) and kinds == ("text", "audio_kd", "video")
 
 
@@ -197,22 +195,26 @@ def test_class_weights_take_effect_in_stage_2(options, tmp_path):
     for more in ([], ["--class-weights"]):
         assert magtkd.main([*options, "--fresh", *more]) == 0
         history = json.loads((tmp_path / "run" / "fusion" / "MAGT-T+A_KD+V-seed0.json").read_text())["history"]
-        histories.append(history[0]["train"]["total"])
+        histories.append(history[0]["train"]["loss"])
     assert histories[0] != histories[1]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["class_weights"]
-    model = stage2.load_fusion(tmp_path / "run" / "fusion.safetensors")[0]
+    model = load_fusion(tmp_path / "run" / "fusion.safetensors")[0]
     assert not model.config.causal
 
 
 def test_class_weights_take_effect_in_stage_1(iemocap, tmp_path, monkeypatch):
-    seen = []
-    real = magtkd.run_stage1.__globals__["stage1_loss"]
+    seen, cross_entropy = [], losses.cross_entropy
 
-    def loss(*args, weight=None):
-        seen.append(weight if len(args) < 6 else args[5])
-        return real(*args[:5], weight=seen[-1])
+    def watch(logits, labels, weight=None):
+        seen.append(weight)
+        return cross_entropy(logits, labels, weight)
 
-    monkeypatch.setitem(magtkd.run_stage1.__globals__, "stage1_loss", loss)
-    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--encoders", "tiny", "--seeds", "1"]
-    assert magtkd.main([*options, "--stage1-epochs", "1", "--stage2-epochs", "1", "--class-weights"]) == 0
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(losses, "cross_entropy", watch)
+    monkeypatch.setattr(magtkd, "run_stage2", stop)
+    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--encoders", "tiny"]
+    assert magtkd.main([*options, "--stage1-epochs", "1", "--class-weights"]) == 130
     assert len(seen) >= 3 and all(w.shape == (6,) and w.max() > w.min() for w in seen)
+    assert all((tmp_path / "run" / f"{name}.safetensors").exists() for name in ("text", "audio_kd", "video"))
