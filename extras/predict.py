@@ -30,14 +30,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from data import Conversation, InputError, MediaError, Utterance
+from data import Conversation, InputError, MediaError, Utterance, read_table, replace_file
 from encoders import load_audio, load_frames, video_shape
 from extras.features import read_features
+from extras.guard import device, guard, say
 from extras.released import build
+from extras.runs import read_json
 from fusion import MAGT, TEXT, Past
 from magtkd import Config, Examples, encode, load_fusion, make_encoder
 
 FIELDS = ("speaker", "text", "audio", "video", "start", "end")  # the first two must be there
+LONGEST = 1e6  # seconds: no film is as long
 ALONE = 0.5  # seconds by which a sound file of one utterance may differ from its length
 
 
@@ -63,7 +66,9 @@ def load_run(folder: Path, device: torch.device) -> Model:
     """The encoders and the fusion model that a finished run left. Errors: InputError, if it is not finished."""
     folder = Path(folder)
     need_files(folder, ["config.json", "fusion.safetensors"])
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", "start the run again, it is made anew")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: not of this program; start the run again, it is made anew")
     if "features" in config:
         raise InputError(
             f"{folder} was trained on a feature file, so it has no encoders; give a run on a corpus, say runs/demo"
@@ -73,22 +78,34 @@ def load_run(folder: Path, device: torch.device) -> Model:
     file = read_features(folder / "features.safetensors")
     if (folder / "tiny").exists():
         config |= {f"{m}_model": str(folder / "tiny" / m) for m in ("text", "audio", "video")}
-    known = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: x for name, x in config.items() if name in known})
+    config = read_config(folder / "config.json", config)
     encoders = {}
     for kind in kinds:
         encoder = make_encoder(kind, config, len(file.label_names))
         try:
             load_model(encoder, folder / f"{kind}.safetensors")
-        except (SafetensorError, RuntimeError) as e:
-            raise InputError(
-                f"{folder / f'{kind}.safetensors'}: not the weights of this run's encoder ({type(e).__name__})"
-            ) from e
+        except (SafetensorError, RuntimeError, OSError) as e:
+            path = folder / f"{kind}.safetensors"
+            raise InputError(f"{path}: not the weights of this run's encoder ({type(e).__name__})") from e
         encoders[kind.removesuffix("_kd")] = encoder.to(device)
     seen = file.speaker[file.split == 0].unique().tolist()
     speakers = {file.speaker_names[i]: i + 1 for i in seen}
     shape = video_shape(config.video_model) if "video" in encoders else (0, 0)
     return Model(encoders, fusion.to(device), file.label_names, speakers, shape)
+
+
+def read_config(path: Path, options: dict) -> Config:
+    """The run's configuration. Errors: InputError if a field is of another type than it was written with."""
+    fields = {}
+    for field in dataclasses.fields(Config):
+        x, default = options.get(field.name), getattr(Config(), field.name)
+        wanted = (
+            (list, tuple) if isinstance(default, tuple) else (int, float) if type(default) is float else type(default)
+        )
+        if field.name in options and not (isinstance(x, wanted) and isinstance(x, bool) == isinstance(default, bool)):
+            raise InputError(f"{path}: {field.name} is damaged; start the run again, it is made anew")
+        fields[field.name] = options.get(field.name, default)
+    return Config(**fields)
 
 
 def need_files(folder: Path, names: list[str]) -> None:
@@ -101,28 +118,17 @@ def need_files(folder: Path, names: list[str]) -> None:
 
 def read_conversation(path: Path) -> Conversation:
     """Reads a csv with the columns FIELDS. Errors: InputError with the line at fault."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from e
-    reader = csv.DictReader(lines)
-    columns = [c or "" for c in reader.fieldnames or ()]
+    columns, rows = read_table(path, FIELDS)
     if lacking := [c for c in FIELDS[:2] if c not in columns]:
-        found = f"it has {', '.join(columns)}" if columns else "the file is empty"
+        found = f"it has {', '.join(columns)}" if any(columns) else "the file is empty"
         raise InputError(
             f"{path}: column {' and '.join(lacking)} missing ({found}); wanted: {','.join(FIELDS)}, of which "
             "speaker and text must be there"
         )
     if ignored := [c for c in columns if c not in FIELDS]:
-        print(f"predict: {path}: columns that are not used: {', '.join(ignored)}", file=sys.stderr)
-    utterances = []
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in row or None in row.values():
-            raise InputError(
-                f"{where}: {'more' if None in row else 'fewer'} fields than columns; quote text with commas"
-            )
-        utterances.append(make_utterance(row, where, str(len(utterances)), Path(path).parent))
+        say(f"predict: {path}: columns that are not used: {', '.join(ignored)}", 0)
+    folder = Path(path).parent
+    utterances = [make_utterance(row, where, str(i), folder) for i, (where, row) in enumerate(rows)]
     if not utterances:
         raise InputError(f"{path}: no utterance in it, only the names of the columns")
     return Conversation(str(path), tuple(utterances))
@@ -130,25 +136,33 @@ def read_conversation(path: Path) -> Conversation:
 
 def make_utterance(row: dict, where: str, name: str, folder: Path) -> Utterance:
     """An utterance from a csv row or a JSON line. Errors: InputError that begins with `where`."""
-    row = {k: v for k, v in row.items() if v not in (None, "")}
+    row = {k: v for k, v in row.items() if v is not None and v != ""}
     for field in ("speaker", "text", "audio", "video"):
         if not isinstance(row.get(field, ""), str):
-            raise InputError(f"{where}: {field} must be text, got {row[field]!r}")
+            raise InputError(f"{where}: {field} must be text, got {repr(row[field])[:60]}")
+        if not is_utf8(row.get(field, "")):
+            raise InputError(f"{where}: {field} is no text in UTF-8")
     if not row.get("speaker", "").strip():
         raise InputError(f"{where}: no speaker")
     times = {}
     for field in ("start", "end"):
         try:
             times[field] = float(row[field]) if field in row else None
-        except (TypeError, ValueError) as e:
-            raise InputError(f"{where}: {field} must be a number of seconds, got {row[field]!r}") from e
-        if times[field] is not None and not (math.isfinite(times[field]) and times[field] >= 0):
-            raise InputError(f"{where}: {field} must be a number of seconds, got {row[field]!r}")
+        except (TypeError, ValueError, OverflowError):
+            times[field] = math.nan
+        if times[field] is not None and not 0 <= times[field] <= LONGEST:
+            got = repr(row[field])[:60]
+            raise InputError(f"{where}: {field} must be a number of seconds up to {LONGEST:g}, got {got}")
     if times["end"] is not None and times["end"] <= (times["start"] or 0.0):
         raise InputError(f"{where}: ends at {times['end']} s, before it starts")
     video = folder / row["video"] if "video" in row else None
     audio = folder / row["audio"] if "audio" in row else video
     return Utterance(name, row["speaker"].strip(), row.get("text", "").strip(), -1, audio, video, **times)
+
+
+def is_utf8(text: str) -> bool:
+    """No half of a character (a lone surrogate) in it."""
+    return not any("\ud800" <= x <= "\udfff" for x in text)
 
 
 def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
@@ -163,7 +177,7 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
 def sound_window(u: Utterance) -> tuple[float, float | None]:
     """From where to where, in seconds, its sound file is read: all of it, if the file holds this utterance alone."""
     start = u.start or 0.0
-    if u.end is not None and u.video not in (None, u.audio) and u.audio.is_file():
+    if u.end is not None and u.video not in (None, u.audio) and os.path.isfile(u.audio):
         try:
             with av.open(str(u.audio)) as container:
                 length = (container.duration or 0) / av.time_base
@@ -175,7 +189,7 @@ def sound_window(u: Utterance) -> tuple[float, float | None]:
 
 
 def decode(utterance: Utterance, modality: str, shape: tuple[int, int]) -> Tensor | MediaError:
-    """Its sound or its frames, or why there are none."""
+    """Its sound or its frames, or why there are none, whatever a file makes a decoder raise."""
     try:
         if getattr(utterance, modality) is None:
             raise MediaError("none given")
@@ -184,6 +198,8 @@ def decode(utterance: Utterance, modality: str, shape: tuple[int, int]) -> Tenso
         return load_frames(utterance.video, utterance.start, utterance.end, *shape)
     except MediaError as e:
         return e
+    except Exception as e:
+        return MediaError(f"broken ({type(e).__name__})")
 
 
 def encode_utterances(
@@ -236,13 +252,14 @@ class Stream:
 
     @torch.inference_mode()
     def add(self, utterance: Utterance) -> Answer:
-        self.said = (*self.said, utterance)
-        conversation, last = Conversation("stream", self.said), len(self.said) - 1
+        said = (*self.said, utterance)
+        conversation, last = Conversation("stream", said), len(said) - 1
         device = next(self.model.fusion.parameters()).device
         features, present, missing = encode_utterances(self.model, conversation, last)
         features, present = ({m: x.to(device) for m, x in part.items()} for part in (features, present))
         speaker = speaker_indices(self.model, conversation)[-1:].to(device)
         logits = self.model.fusion.step(self.past, features, speaker, present).logits[TEXT]
+        self.said = said
         return Answer(utterance, logits[0].softmax(dim=-1).tolist(), missing[0])
 
 
@@ -252,17 +269,18 @@ def answer_stream(model: Model, lines: Iterator[str]) -> None:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.removeprefix("\ufeff"))
             if not isinstance(row, dict):
-                raise InputError(f"line {number}: wanted an object with {', '.join(FIELDS)}")
-            answer = stream.add(make_utterance(row, f"line {number}", str(number), Path()))
-        except (json.JSONDecodeError, InputError) as e:
-            bad += 1
-            print(json.dumps({"error": str(e) if isinstance(e, InputError) else f"line {number}: no JSON ({e})"}))
-        else:
-            print(json.dumps(as_row(answer, model.label_names), ensure_ascii=False))
-        sys.stdout.flush()
+                raise InputError(f"{where}: wanted an object with {', '.join(FIELDS)}")
+            answer = stream.add(make_utterance(row, where, str(number), Path()))
+            text = json.dumps(as_row(answer, model.label_names), ensure_ascii=False)
+        except InputError as e:
+            text, bad = json.dumps({"error": str(e)}), bad + 1
+        except (ValueError, RecursionError) as e:
+            text, bad = json.dumps({"error": f"{where}: no JSON ({e})"}), bad + 1
+        print(text, flush=True)
     if bad:
         raise InputError(f"{bad} lines were no utterances and were left out; their answers say why")
 
@@ -297,43 +315,42 @@ def write_csv(path: Path, answers: list[Answer], label_names: list[str]) -> None
             writer.writerow([row["speaker"], row["text"], row["emotion"], *numbers, "; ".join(row["missing"])])
 
 
+def check_out(out: Path, conversation: Conversation, source: Path, run: Path) -> None:
+    """Errors: InputError if the answers would overwrite what is read: the csv, its sounds and films, or the run."""
+    read = {source, *(path for u in conversation.utterances for path in (u.audio, u.video) if path is not None)}
+    if out.is_dir() or os.path.realpath(out) in {os.path.realpath(path) for path in read}:
+        what = "a folder" if out.is_dir() else "read for these answers"
+        raise InputError(f"{out}: is {what}; give another file with --out")
+    if run.resolve() in out.resolve().parents:
+        raise InputError(f"{out}: lies in the run's folder, where only the run writes; give another file with --out")
+
+
+def work(args: argparse.Namespace) -> None:
+    if args.stream:
+        return answer_stream(load_run(args.run, torch.device(args.device)), sys.stdin)
+    conversation, out = read_conversation(args.input), args.out or args.input.with_suffix(".emotions.csv")
+    check_out(out, conversation, args.input, args.run)
+    model = load_run(args.run, torch.device(args.device))
+    answers = predict(model, conversation)
+    print(table(answers, model.label_names))
+    replace_file(out, lambda part: write_csv(part, answers, model.label_names))
+    print(f"\n{out}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns 0, 2 for the user's error (a line on stderr says which), 130 for Ctrl-C."""
+    """Runs the command line. Returns the exit code, see guard.py; a line on stderr says what it is about."""
     parser = argparse.ArgumentParser(prog="predict", description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run, say runs/demo")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", type=Path, help=f"csv with the columns {','.join(FIELDS)}; the last four may be absent"
-    )
+    text = f"csv with the columns {','.join(FIELDS)}; the last four may be absent"
+    source.add_argument("--input", type=Path, help=text)
     source.add_argument("--stream", action="store_true", help="JSON lines on standard input, with the same fields")
-    parser.add_argument(
-        "--out", type=Path, help="the csv that is written (default: INPUT.emotions.csv beside the input)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    text = "the csv that is written (default: INPUT.emotions.csv beside the input)"
+    parser.add_argument("--out", type=Path, help=text)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=here, help="cpu, cuda or cuda:N (default: cuda if there)")
     args = parser.parse_args(argv)
-    try:
-        conversation = read_conversation(args.input) if args.input else None
-        model = load_run(args.run, torch.device(args.device))
-        if conversation is None:
-            answer_stream(model, sys.stdin)
-            return 0
-        answers = predict(model, conversation)
-        print(table(answers, model.label_names))
-        out = args.out or args.input.with_suffix(".emotions.csv")
-        try:
-            write_csv(out, answers, model.label_names)
-        except OSError as e:
-            raise InputError(f"{out}: {e.strerror}; give another file with --out") from e
-        print(f"\n{out}")
-        return 0
-    except InputError as e:
-        print(f"predict: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever reads the answers has enough of them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return guard("predict", lambda: work(args), args.run, "stopped")
 
 
 if __name__ == "__main__":

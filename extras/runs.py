@@ -221,7 +221,10 @@ def read_marker(path: Path) -> dict:
     fields = {"options": dict, "corpus": dict, "media": dict, "problems": list, "device": str}
     if not isinstance(record, dict) or record.get("program") != "magtkd" or "options" not in record:
         raise InputError(f"{path}: not of this program; start again with --fresh")
-    if any(not isinstance(record.get(name, kind()), kind) for name, kind in fields.items()):
+    whole = all(isinstance(record.get(name, kind()), kind) for name, kind in fields.items())
+    whole = whole and all(isinstance(x, list) for x in record.get("corpus", {}).values())
+    whole = whole and all(isinstance(x, dict) for x in record.get("media", {}).values())
+    if not whole or any(not isinstance(x, str) for x in record.get("problems", [])):
         raise InputError(f"{path}: damaged; start again with --fresh")
     return record
 
