@@ -5,6 +5,7 @@ Not here: the method itself (magtkd.py).
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import os
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 
 from data import KINDS, MODALITIES, SPLITS, Corpus, InputError, read_iemocap, read_meld
-from extras import experiments, report, runs
+from extras import anatomy, experiments, machine, report, runs
+from extras.check import check
 from extras.features import read_features
 from extras.guard import check_paths, device, guard, number
 from extras.pickles import read_pickles
@@ -31,7 +33,12 @@ MOST_CELLS = 12  # values of a sweep, of alpha and of beta each
 
 def run(args: argparse.Namespace) -> None:
     """From a corpus or a feature file to a report in args.out."""
-    config, device = make_config(args), torch.device(args.device)
+    config = make_config(args)
+    if args.check:
+        return check(READERS[args.corpus](args.root), args.root, config, args.out)
+    meant, args.device = args.device is not None, machine.choose(args.device)
+    warn_of_slow_precision(args)
+    device = torch.device(args.device)
     begun = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     begun |= {"corpus": args.corpus, "seed": args.seed, "encoders": args.encoders}
     models = {f"--{m}-model": Path(getattr(config, f"{m}_model")) for m in MODALITIES}
@@ -39,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     file = corpus = None
     if args.features:
         files = sorted(args.features.glob("*.pkl")) if args.features.is_dir() else [args.features]
-        begun["features"] = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
+        begun["features"] = digest(files)
         file = read_pickles(args.features) if args.features.is_dir() else read_features(args.features)
     elif args.corpus != "demo":
         begun["root"] = str(args.root.resolve())
@@ -65,6 +72,10 @@ def run(args: argparse.Namespace) -> None:
         names = [k for k in KINDS if k.removesuffix("_kd") in config.modalities]
         if not args.ablation:  # the paper's best: T + A_KD + V
             names = [k for k in names if k in ("text", "audio_kd", "video")]
+        if args.encoders == "full" and args.device == "cpu" and not meant:
+            steps = config.stage1_epochs[TEXT] * -(-len(corpus.utterances("train")) // config.stage1_batch)
+            todo = [k for k in names if not (args.out / f"{k}.features.safetensors").exists()]
+            machine.warn_of_days(todo, steps)
         both = (config, names, corpus, args.out, seeds, device, args.workers, args.ablation, methods)
         file, rows, problems = run_both(*both)
         problems = folder.keep_problems(problems)
@@ -92,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{experiments.sweep(study, args.sweep or experiments.GRID)}\n\nMore: {args.out / 'sweep.md'}")
     if args.compare_presets:
         print(f"\n{experiments.compare_presets(study, args.corpus)}\n\nMore: {args.out / 'presets.md'}")
+    if args.anatomy:
+        print(f"\n{anatomy.study(study)}\n\nMore: {args.out / 'anatomy.md'}")
     folder.close()
 
 
@@ -122,11 +135,19 @@ def read_corpus(args: argparse.Namespace, config: Config) -> Corpus:
     return corpus
 
 
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; --features wants a feature file, the README says what it holds") from e
+def digest(paths: list[Path]) -> str:
+    """Of the files' content. Errors: InputError for what is no file, or cannot be read."""
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(errno.ENOENT, "no such file")
+            with open(path, "rb") as f:
+                found.update(hashlib.file_digest(f, "sha256").digest())
+        except OSError as e:
+            what = "--features wants a feature file, docs/corpora.md says what it holds"
+            raise InputError(f"{path}: {e.strerror}; {what}") from e
+    return found.hexdigest()
 
 
 def modalities(text: str) -> tuple[str, ...]:
@@ -158,6 +179,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "MAGT over a grid of alpha and beta (default: 0 0.3 0.7 1)"
     add("--sweep", type=weight, nargs="*", metavar="X", help=text)
     add("--compare-presets", action="store_true", help="what each difference from the authors' stage 2 is worth")
+    text = "a study of what MAGT's anchors hear, with parts of MAGT taken out (docs/anatomy.md)"
+    add("--anatomy", action="store_true", help=text)
     text = "released: stage 2 as the authors' code does it"
     add("--preset", choices=["paper", "released"], help=text)
     add("--alpha", type=weight, help="weight of L_KD^a in Eq. 25 (default: Table 1)")
@@ -179,14 +202,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--width", type=number(int, 8, 8192), help="of the features and of the fusion (default: Table 1's 768)")
     add("--gradient-checkpointing", action="store_true", help="stage 1 in less memory, more slowly")
     add("--log-steps", action="store_true", help="a line per step in log.jsonl, not only per epoch")
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=here, help="cpu, cuda or cuda:N (default: cuda if there)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there)")
     add(
         "--workers",
         type=number(int, 1, 256),
         default=os.cpu_count() or 1,
         help="threads that decode sound and pictures",
     )
+    text = "is --root the paper's corpus, and what will a run need? Trains nothing, writes nothing"
+    add("--check", action="store_true", help=text)
     add("--fresh", action="store_true", help="delete what --out holds and start anew")
     args = parser.parse_args(argv)
 
@@ -199,6 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--width must be a multiple of {c.heads}, the number of attention heads")
     if args.corpus == "demo" and args.root:
         parser.error("demo writes its own corpus; --root belongs to iemocap and meld")
+    if args.check and (args.corpus == "demo" or args.features):
+        parser.error("--check reads a corpus on disk: iemocap or meld, without --features")
     args.root = args.root or (Path(ROOTS[args.corpus]) if args.corpus in ROOTS else None)
     args.encoders = args.encoders or ("tiny" if args.corpus == "demo" else "full")
     args.out = args.out or Path("runs") / (args.features.stem if args.features else args.corpus)
@@ -227,9 +253,5 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit code, see guard.py; a line on stderr says what it is about."""
     args = parse(argv)
 
-    def work() -> None:
-        warn_of_slow_precision(args)
-        run(args)
-
     stopped = f"\nstopped. The same command continues with what is whole in {args.out}"
-    return guard("magtkd", work, args.out, stopped)
+    return guard("magtkd", lambda: run(args), args.out, stopped)

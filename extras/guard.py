@@ -44,6 +44,8 @@ def guard(program: str, work: Callable[[], None], folder: Path, stopped: str) ->
     except torch.OutOfMemoryError as e:
         first = str(e).splitlines()[0]
         return say(f"{program}: the GPU's memory is full ({first}); try --gradient-checkpointing, or --device cpu", 2)
+    except MemoryError as e:
+        return say(f"{program}: the memory is full ({e or 'no more is to be had'}); try --workers 1", 2)
     except OSError as e:
         if output_is_broken():
             return 141 if isinstance(e, BrokenPipeError) else say(f"{program}: standard output: {e.strerror}", 2)

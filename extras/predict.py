@@ -109,7 +109,7 @@ def read_config(path: Path, options: dict) -> Config:
 
 
 def need_files(folder: Path, names: list[str]) -> None:
-    if lacking := [name for name in names if not (folder / name).exists()]:
+    if lacking := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
             f"{folder} is no finished run: {', '.join(lacking)} missing. The command that began it goes on with it "
             "(bash run.sh demo, say, for runs/demo)"
