@@ -199,7 +199,8 @@ def decode(utterance: Utterance, modality: str, shape: tuple[int, int]) -> Tenso
     except MediaError as e:
         return e
     except Exception as e:
-        return MediaError(f"broken ({type(e).__name__})")
+        size = os.path.getsize(getattr(utterance, modality))
+        return MediaError(f"broken, {size} bytes ({type(e).__name__})" if size else "empty file")
 
 
 def encode_utterances(

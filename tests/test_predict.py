@@ -1,6 +1,7 @@
 """Prediction on a conversation of one's own: as in training, whatever is missing; one utterance at a time; errors."""
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 import magtkd
-import predict
-from data import Conversation, Utterance, read_iemocap, read_meld
-from features import read_features
-from stage2 import Conversations, load_fusion
+from data import Conversation, Conversations, InputError, MediaError, Utterance, read_iemocap, read_meld
+from extras import predict
+from extras.features import read_features
+from fusion import MAGT
+from magtkd import load_fusion
 
+SHAPE = (8, 48)  # of a video: frames, pixels
 SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "1", "--seeds", "1", "--encoders", "tiny", "--workers", "2"]
 
 
@@ -49,14 +52,14 @@ def as_rows(conversation):
 @torch.inference_mode()
 def test_a_conversation_of_the_corpus_gets_what_training_gave_it(causal_run, meld, model, tmp_path):
     """Through the csv, the decoders, the encoders and the fusion; broken and missing clips of the corpus included."""
-    features = read_features(causal_run / "features.safetensors")
+    file = read_features(causal_run / "features.safetensors")
     fusion, kinds = load_fusion(causal_run / "fusion.safetensors")
-    data = Conversations(features, kinds, torch.device("cpu"))
+    data = Conversations(file, kinds, torch.device("cpu"))
     corpus = read_meld(meld)
     for split in corpus.splits.values():
         for conversation in split:
-            batch = data.batch([data.names.index(conversation.id)])
-            expected = fusion(*batch.inputs).logits["text"][0].softmax(dim=-1)
+            batch = data.batch([conversation.id])
+            expected = fusion(*batch.inputs).logits["text"].softmax(dim=-1)
             write(tmp_path / "c.csv", as_rows(conversation))
             answers = predict.predict(model, predict.read_conversation(tmp_path / "c.csv"))
             got = torch.tensor([a.probabilities for a in answers])
@@ -130,25 +133,25 @@ def test_a_sound_file_of_the_utterance_alone_beside_a_film(iemocap, tmp_path):
     """IEMOCAP's own layout: a WAV per utterance, a film per conversation."""
     corpus = read_iemocap(iemocap)
     u = next(u for u in corpus.utterances("test") if u.audio and u.video and u.start > 3)
-    whole = predict.decode(u, "audio", 48)
+    whole = predict.decode(u, "audio", SHAPE)
     assert len(whole) / 16_000 == pytest.approx(u.end - u.start, abs=predict.ALONE)
     film = Utterance("x", "first", "", -1, u.video, u.video, u.start, u.end)
     assert predict.sound_window(film) == (u.start, u.end)
     no_film = Utterance("x", "first", "", -1, u.audio, None, u.start, u.end)  # then the times are those of the sound
     assert predict.sound_window(no_film) == (u.start, u.end)
-    assert predict.decode(u, "video", 48).shape == (8, 3, 48, 48)
+    assert predict.decode(u, "video", SHAPE).shape == (8, 3, 48, 48)
     late = Utterance("x", "first", "", -1, u.audio, u.video, u.start + 100, u.end + 110)
-    assert isinstance(predict.decode(late, "audio", 48), predict.MediaError)
+    assert isinstance(predict.decode(late, "audio", SHAPE), MediaError)
 
 
 def test_speakers(model):
     def conversation(*names):
         return Conversation("c", tuple(Utterance(str(i), n, "", -1, None, None) for i, n in enumerate(names)))
 
-    by_name = predict.Model(model.encoders, model.fusion, [], {"Ross": 3, "Joey": 1}, 48)
-    assert predict.speaker_indices(by_name, conversation("Joey", "Ann", "Ross")).tolist() == [1, -1, 3]
-    in_order = predict.Model(model.encoders, model.fusion, [], {"first": 0, "second": 1}, 48)
-    assert predict.speaker_indices(in_order, conversation("Joey", "Ann", "Joey", "Eve")).tolist() == [0, 1, 0, -1]
+    by_name = predict.Model(model.encoders, model.fusion, [], {"Ross": 3, "Joey": 1}, SHAPE)
+    assert predict.speaker_indices(by_name, conversation("Joey", "Ann", "Ross")).tolist() == [1, 0, 3]
+    in_order = predict.Model(model.encoders, model.fusion, [], {"first": 1, "second": 2}, SHAPE)
+    assert predict.speaker_indices(in_order, conversation("Joey", "Ann", "Joey", "Eve")).tolist() == [1, 2, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -157,11 +160,11 @@ def test_speakers(model):
         ("", "speaker and text missing (the file is empty)"),
         ("speaker,words\nA,b\n", "column text missing (it has speaker, words)"),
         ("speaker,text\n", "no utterance in it"),
-        ("speaker,text\nA,b,c\n", ":2: more fields than columns"),
-        ("speaker,text,start\nA,b\n", ":2: fewer fields than columns"),
+        ("speaker,text\nA,b,c\n", ":2: torn row, more fields than columns"),
+        ("speaker,text,start\nA,b\n", ":2: torn row, fewer fields than columns"),
         ("speaker,text\nA,b\n,c\n", ":3: no speaker"),
-        ("speaker,text,start\nA,b,soon\n", ":2: start must be a number of seconds, got 'soon'"),
-        ("speaker,text,end\nA,b,nan\n", ":2: end must be a number of seconds, got 'nan'"),
+        ("speaker,text,start\nA,b,soon\n", ":2: start must be a number of seconds up to 1e+06, got 'soon'"),
+        ("speaker,text,end\nA,b,nan\n", ":2: end must be a number of seconds up to 1e+06, got 'nan'"),
         ("speaker,text,start,end\nA,b,2,1\n", ":2: ends at 1.0 s, before it starts"),
     ],
 )
@@ -201,6 +204,6 @@ def test_runs_that_do_not_do(causal_run, tmp_path, capsys):
 
 
 def test_a_stream_needs_a_causal_model(model):
-    fusion = type(model.fusion)(model.fusion.config.__class__(model.fusion.config.widths, 7, 2, 64))
-    with pytest.raises(predict.InputError, match="--causal"):
-        predict.Stream(predict.Model(model.encoders, fusion, model.label_names, model.speakers, 48))
+    fusion = MAGT(dataclasses.replace(model.fusion.config, causal=False))
+    with pytest.raises(InputError, match="--causal"):
+        predict.Stream(dataclasses.replace(model, fusion=fusion))
