@@ -82,12 +82,13 @@ def warn_of_days(names: list[str], steps: int, say: Callable[[str], None] | None
     times = []
 
     def watch(optimizer, args, kwargs) -> None:
+        if len(times) > WATCHED:  # it stays: torch cannot lose a hook while it calls them
+            return
         times.append(time.perf_counter())
         if len(times) == 1 + WATCHED:
-            hook.remove()
             say(estimate(names, steps, (times[-1] - times[0]) / WATCHED))
 
-    hook = register_optimizer_step_post_hook(watch)
+    register_optimizer_step_post_hook(watch)
 
 
 def estimate(names: list[str], steps: int, seconds: float) -> str:
