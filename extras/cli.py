@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
         folder.renew(corpus, config, args.workers)
         folder.drop_orphans()
         folder.check_results([u.label for u in corpus.utterances("test")], len(corpus.label_names))
-        names = [k for k in KINDS if k.removesuffix("_kd") in config.modalities]
-        if not args.ablation:  # the paper's best: T + A_KD + V
-            names = [k for k in names if k in ("text", "audio_kd", "video")]
+        names = KINDS if args.ablation else ("text", "audio_kd", "video")  # the paper's best: T + A_KD + V
+        names = [k for k in names if k.removesuffix("_kd") in config.modalities]
         if args.encoders == "full" and args.device == "cpu" and not meant:
             steps = config.stage1_epochs[TEXT] * -(-len(corpus.utterances("train")) // config.stage1_batch)
             todo = [k for k in names if not (args.out / f"{k}.features.safetensors").exists()]

@@ -71,7 +71,8 @@ def open_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        with contextlib.suppress(io.UnsupportedOperation):  # somebody has read from it already
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def say(message: str, code: int) -> int:

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_features import example
 
-import checkpoint
-import demo
+import encoders
 import magtkd
-import media
-import stage1
-import training
-from data import SPLITS, read_iemocap
+from data import Conversations, read_iemocap
 from encoders import TextEncoder
+from extras import demo
 from losses import distillation_loss
-from training import make_batches, padding_share
+from magtkd import make_batches
 
 PROJECT = Path(__file__).parent.parent
 OPTIONS = ["--encoders", "tiny", "--stage1-epochs", "3", "--stage2-epochs", "8", "--seeds", "1", "--workers", "1"]
@@ -28,7 +26,7 @@ OPTIONS = ["--encoders", "tiny", "--stage1-epochs", "3", "--stage2-epochs", "8",
 # by a timer, so that the moment does not depend on how busy the parent is.
 SERVER = """
 import json, os, signal, sys
-import magtkd
+import extras.cli, magtkd
 for line in sys.stdin:
     delay, options = json.loads(line)
     child = os.fork()
@@ -74,7 +72,7 @@ def test_sigkill_at_ten_moments_changes_no_digit(small, tmp_path):
         code = attempt(tmp_path / "killed", delay=seconds * draw.uniform(0.02, 0.15))
         assert code in (0, -9)
         kills += code == -9
-        left |= {p.name for p in (tmp_path / "killed").rglob("*") if "vectors" in p.name or p.suffix == ".pt"}
+        left |= {p.name for p in (tmp_path / "killed").rglob("*") if ".features." in p.name or p.suffix == ".pt"}
     assert kills >= 5 and left
     assert attempt(tmp_path / "killed") == 0
     server.stdin.close()
@@ -86,95 +84,99 @@ def test_sigkill_at_ten_moments_changes_no_digit(small, tmp_path):
 
 def test_a_resumed_fusion_is_bit_for_bit_the_undisturbed_one(tmp_path, monkeypatch):
     """Stopped after every single epoch."""
-    from test_features import example
+    config = magtkd.CONFIGS["demo"]
+    data = Conversations(example(), ("text", "audio_kd"), torch.device("cpu"))
 
-    import stage2
-
-    config = training.CONFIGS["demo"]
-    data = stage2.Conversations(example(), ("text", "audio_kd"), torch.device("cpu"))
-    monkeypatch.setattr(stage2, "SAVE_EVERY", -1.0)
-
-    def train(place):
-        return stage2.train_fusion("MAGT", data, 3, config, tmp_path / place, 0, torch.device("cpu"))
+    def train(name):
+        return magtkd.train_fusion("MAGT", data, 3, config, tmp_path / name, 0)
 
     whole = train("whole")
-    save, epochs = checkpoint.save, []
+    save, epochs = magtkd.save_state, []
 
-    def save_and_stop(path, parts, epoch, best):
-        save(path, parts, epoch, best)
-        epochs.append(epoch)
+    def save_and_stop(path, parts, history, best):
+        save(path, parts, history, best)
+        epochs.append(len(history))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    monkeypatch.setattr(magtkd, "save_state", save_and_stop)
     for _ in range(config.stage2_epochs):
         with pytest.raises(KeyboardInterrupt):
             train("stopped")
     assert epochs == list(range(1, config.stage2_epochs + 1))
     assert train("stopped") == whole
     assert_same_tensors(tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors")
+    assert not list(tmp_path.glob("*.resume.pt"))
 
 
 def test_each_file_is_decoded_once_and_the_teacher_runs_once(small, tmp_path, monkeypatch):
     """Over a whole run, all five encoders and all epochs."""
-    decoded, taught = [], []
-    load_audio, load_frames, forward = media.load_audio, media.load_frames, TextEncoder.forward
+    decoded, encoded = [], []
+    load_audio, load_frames, forward = encoders.load_audio, encoders.load_frames, TextEncoder.forward
 
     def count(load, kind):
         return lambda path, *window: decoded.append((kind, str(path), window)) or load(path, *window)
 
-    monkeypatch.setattr(media, "load_audio", count(load_audio, "sound"))
-    monkeypatch.setattr(media, "load_frames", count(load_frames, "picture"))
-    encode = stage1.encode
+    monkeypatch.setattr(encoders, "load_audio", count(load_audio, "sound"))
+    monkeypatch.setattr(encoders, "load_frames", count(load_frames, "picture"))
+    encode = magtkd.encode
 
-    def teach(encoder, examples, ids, **options):
-        if isinstance(encoder, TextEncoder) and options:  # the pass that leaves the vectors; others choose the epoch
-            taught.extend(ids)
-        return encode(encoder, examples, ids, **options)
+    def watch(encoder, examples, ids, *how):
+        if isinstance(encoder, TextEncoder):
+            encoded.append(list(ids))
+        return encode(encoder, examples, ids, *how)
 
-    def only_in_its_own_training(self, input_ids):
-        assert not (tmp_path / "run" / "text.vectors.safetensors").exists()
-        return forward(self, input_ids)
+    def only_in_its_own_training(self, examples):
+        assert not (tmp_path / "run" / "text.features.safetensors").exists()
+        return forward(self, examples)
 
-    monkeypatch.setattr(stage1, "encode", teach)
+    monkeypatch.setattr(magtkd, "encode", watch)
     monkeypatch.setattr(TextEncoder, "forward", only_in_its_own_training)
     options = ["iemocap", "--root", str(small), "--out", str(tmp_path / "run"), *OPTIONS, "--ablation"]
     assert magtkd.main(options) == 0
-    ids = [u.id for split in SPLITS for u in read_iemocap(small).utterances(split)]
-    assert len(decoded) == len(set(decoded)) == 2 * len(ids)
-    assert taught == ids
+    corpus = read_iemocap(small)
+    everyone, dev = ([u.id for u in some] for some in (corpus.utterances(), corpus.utterances("dev")))
+    assert len(decoded) == len(set(decoded)) == 2 * len(everyone)
+    assert encoded == [dev, dev, dev, everyone]  # each epoch's choice, then the answers that teach
 
 
 def test_the_stored_teacher_equals_one_run_for_every_batch(small, tiny):
     corpus = read_iemocap(small)
     torch.manual_seed(0)
     teacher = TextEncoder(tiny["text"], 6, 64)
-    examples = stage1.make_examples(teacher, "text", corpus, None)
-    ids = [u.id for split in SPLITS for u in corpus.utterances(split)]
-    stored = stage1.encode(teacher, examples, ids)
+    examples = magtkd.make_examples(teacher, "text", corpus, None)
+    ids = [u.id for u in corpus.utterances()]
+    row = {name: i for i, name in enumerate(ids)}
+    stored = magtkd.encode(teacher, examples, ids)
     student = torch.randn(len(ids), 64), torch.randn(len(ids), 6)
-    for batch in make_batches([examples.length(i) for i in ids], 16):
+    for batch in make_batches(examples.lengths, 16):
         with torch.inference_mode():
-            features, logits = teacher.eval()(**teacher.collate([examples.get(ids[i]) for i in batch]))
-        torch.testing.assert_close(stored.features[batch], features, atol=1e-5, rtol=0)
-        torch.testing.assert_close(stored.logits[batch], logits, atol=1e-5, rtol=0)
-        x, p = student[0][batch], student[1][batch]
-        once = distillation_loss(p, x, stored.logits[batch], stored.features[batch])
+            features, logits = teacher.eval()([examples.get(name) for name in batch])
+        rows = [row[name] for name in batch]
+        torch.testing.assert_close(stored.features[rows], features, atol=1e-5, rtol=0)
+        torch.testing.assert_close(stored.logits[rows], logits, atol=1e-5, rtol=0)
+        x, p = student[0][rows], student[1][rows]
+        once = distillation_loss(p, x, stored.logits[rows], stored.features[rows])
         torch.testing.assert_close(once, distillation_loss(p, x, logits, features), atol=1e-5, rtol=0)
+
+
+def padding(lengths, batches):
+    """The share of padding in batches that are padded to their longest example."""
+    return 1 - sum(lengths.values()) / sum(len(b) * max(lengths[i] for i in b) for b in batches)
 
 
 def test_batches_of_similar_length():
     draw = random.Random(0)
-    lengths = [draw.randint(8, 110) for _ in range(400)]
+    lengths = {f"u{i}": draw.randint(8, 110) for i in range(400)}
     torch.manual_seed(0)
     first, second = make_batches(lengths, 16), make_batches(lengths, 16)
     for batches in (first, second):
-        assert sorted(i for b in batches for i in b) == list(range(400))
+        assert sorted(i for b in batches for i in b) == sorted(lengths)
         assert [len(b) for b in sorted(batches, key=len)] == [16] * 25
     again = {frozenset(b) for b in first} & {frozenset(b) for b in second}
     assert len(again) <= 2  # the shortest and the longest can hardly change
     assert [max(lengths[i] for i in b) for b in first] != sorted(max(lengths[i] for i in b) for b in first)
-    at_random = make_batches([1] * 400, 16)
-    assert padding_share(lengths, first) < 0.12 < 0.35 < padding_share(lengths, at_random)
+    at_random = make_batches(dict.fromkeys(lengths, 1), 16)
+    assert padding(lengths, first) < 0.12 < 0.35 < padding(lengths, at_random)
     torch.manual_seed(0)
     assert make_batches(lengths, 16) == first
 
@@ -190,7 +192,11 @@ def test_the_log_has_a_line_per_epoch(small, tmp_path):
         (m, e) for m in ("text", "audio_kd", "video") for e in (1, 2, 3)
     ]
     for line in lines:
-        assert line["utterances_per_second"] > 0 and line["process_bytes"] > 10**6 and 0 <= line["padding"] < 1
-        assert line["lr"] >= 0 and line["padding"] <= line["padding_at_random"] + 0.05
-    fusion = [x for x in (tmp_path / "run" / "fusion" / "log.jsonl").read_text().splitlines() if "step" not in x]
-    assert len(fusion) == 2 * 8
+        assert line["seconds"] > 0 and line["process_bytes"] > 10**6 and line["lr"] >= 0 and 0 <= line["dev_f1"] <= 100
+        of_this_epoch = [x["loss"] for x in steps if (x["model"], x["epoch"]) == (line["model"], line["epoch"])]
+        assert line["loss"] == pytest.approx(sum(of_this_epoch) / len(of_this_epoch))
+        if line["model"] == "audio_kd":  # the terms of Eq. 14 apart
+            assert line["loss"] == pytest.approx(line["l_ce"] + line["l_s"] + line["l_f"], rel=1e-5)
+    fusion = [json.loads(x) for x in (tmp_path / "run" / "fusion" / "log.jsonl").read_text().splitlines()]
+    epochs = [x for x in fusion if "step" not in x]
+    assert len(epochs) == 2 * 8 and all(x["kd_audio"] > 0 for x in epochs if x["model"].startswith("MAGT"))
