@@ -139,7 +139,7 @@ def spoil_value(draw: random.Random, x, depth: int = 0):
             x[key] = spoil_value(draw, x[key], depth + 1)
         return x
     if draw.random() < 0.03:
-        for _ in range(draw.choice([3, 900])):
+        for _ in range(draw.choice([3, 200])):
             x = [x]
         return x
     return draw.choice(VALUES)
