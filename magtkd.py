@@ -18,6 +18,7 @@ import json
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -25,6 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is quiet; guard.py goes on from there
 
 import numpy as np
 import torch
@@ -264,14 +268,9 @@ class Examples(NamedTuple):
 
 
 def run_stage1(
-    config: Config,
-    names: list[str],
-    corpus: Corpus,
-    store: MediaStore | None,
-    out: Path,
-    seed: int,
+    config: Config, names: list[str], corpus: Corpus, store: MediaStore | None, out: Path, seed: int,
     device: torch.device,
-) -> dict[str, Encoded]:
+) -> dict[str, Encoded]:  # fmt: skip
     """Trains the encoders that have not left their features in `out` yet. Returns the answers of all, by name.
 
     names: "text" first, then any of audio, video, audio_kd, video_kd. store: None if text is all.

@@ -12,6 +12,11 @@ missing or broken is marked, and counts as zero that no other utterance reads, a
 Not here: training (magtkd.py), the encoders (encoders.py), the fusion (fusion.py).
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: quiet. guard.py goes on from there
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import dataclasses

@@ -215,7 +215,7 @@ def options(draw: random.Random, kind: Kind) -> list[str]:
         argv[argv.index("--encoders") + 1] = "full"
     if not kind.damaged:
         for _ in range(draw.randint(1, 2)):
-            name = draw.choice([*OPTIONS, "sweep", "device", "precision", "modalities", "out"])
+            name = draw.choice([*OPTIONS, "sweep", "device", "precision", "modalities"])
             argv += [f"--{name}={draw.choice(NUMBERS)}"] if name != "sweep" else ["--sweep", *draw.sample(NUMBERS, 2)]
     return argv
 
