@@ -70,12 +70,6 @@ def machine(device: torch.device) -> str:
     return f"{chip}{threads}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def was_ablation(out: Path) -> bool:
-    """Whether the report in `out` holds an ablation."""
-    path = out / "metrics.json"
-    return path.exists() and bool(json.loads(path.read_text()).get("comparisons"))
-
-
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
