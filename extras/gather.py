@@ -1,6 +1,7 @@
 """What docs/ shows: results taken over from finished runs, the exercises of docs/course.md, the losses' sizes.
 
     python -m extras.gather demo=runs/demo meld=runs/meld mosi=runs/mosi causal=runs/causal weights=runs/weights
+    python -m extras.gather meld-causal=runs/meld-causal meld-weights=runs/meld-weights   # MELD's stage 2, other options
     python -m extras.gather --exercises runs/demo     # stage 2 with each exercise's change, 3 minutes on two cores
     python -m extras.gather --losses                  # L_s and L_f on random features, seconds
 
@@ -22,20 +23,29 @@ from unittest import mock
 import torch
 
 import losses
-from data import Conversations, InputError, replace_file
+from data import SPLITS, Conversations, InputError, read_encoded, replace_file
 from extras import docs
 from extras.context import Context
-from extras.docs import CONTEXT, FIGURES, MAGT
-from extras.experiments import summary
+from extras.docs_runs import CONTEXT, MAGT
+from extras.docs_stored import FIGURES
+from extras.experiments import compare, summary
 from extras.features import read_features
 from extras.predict import main as predict
 from extras.report import machine, mean_std
 from fusion import Anchor
-from magtkd import CONFIGS, PAPER, Config, Method, fusion_losses, train_fusion
+from magtkd import CONFIGS, PAPER, Config, Method, fusion_losses, most_likely, train_fusion
 
 # Taking over the results of runs
 
-NAMES = ("demo", "causal", "weights", "meld", "mosi")
+NAMES = {  # what one gives -> the file in docs/figures/
+    "demo": "demo-metrics",
+    "causal": "demo-causal",
+    "weights": "demo-weights",
+    "meld": "meld-metrics",
+    "meld-causal": "meld-causal",
+    "meld-weights": "meld-weights",
+    "mosi": "mosi-metrics",
+}
 FILM = "corpus/Session5/dialog/avi/DivX/Ses05F_impro04.avi"  # in a demo's folder
 CONVERSATIONS = {
     "demo": f"""speaker,text,video,start,end
@@ -60,8 +70,9 @@ def take(name: str, run: Path, figures: Path = FIGURES) -> None:
     """
     if not (run / "metrics.json").exists():
         raise InputError(f"{run}: no finished run, there is no metrics.json in it")
-    kind = f"demo-{name}" if name in ("causal", "weights") else f"{name}-metrics"
-    shutil.copy(run / "metrics.json", figures / f"{kind}.json")
+    shutil.copy(run / "metrics.json", figures / f"{NAMES[name]}.json")
+    if name == "meld":
+        write("meld-words", against_words(run), figures)
     if name not in CONVERSATIONS:
         return
     for figure in sorted((run / "figures").glob("*.png")):
@@ -83,6 +94,22 @@ def take(name: str, run: Path, figures: Path = FIGURES) -> None:
             f.seek(0)
             lines = [line.rstrip() for line in f if line.strip() and str(answers) not in line]
     (figures / f"{name}-predict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def against_words(run: Path) -> dict:
+    """{"comparisons": of `experiments.compare`}: each fusion of a run over the text alone against its text encoder.
+
+    The encoder was trained once: its answers stand beside those of every seed.
+    """
+    file = read_features(run / "features.safetensors")
+    answers = most_likely(read_encoded(run / "text.features.safetensors", file.utterance_names))
+    test = (file.split == SPLITS.index("test")).nonzero().flatten().tolist()
+    words = {"labels": file.label[test].tolist(), "predictions": [answers[i] for i in test]}
+    fusions: dict[str, list[dict]] = {}
+    for path in sorted((run / "fusion").glob("*-T-seed*.json")):
+        fusions.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
+    pairs = [(f"{name} T - T", runs, [words] * len(runs)) for name, runs in fusions.items()]
+    return {"comparisons": compare(file, pairs)}
 
 
 # Measured here
@@ -142,8 +169,8 @@ def exercises(run: Path, seeds: range = range(3), config: Config = CONFIGS["demo
     return {"machine": machine(torch.device("cpu")), "seeds": len(seeds), "rows": rows}
 
 
-def write(name: str, result: dict) -> None:
-    replace_file(FIGURES / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
+def write(name: str, result: dict, figures: Path = FIGURES) -> None:
+    replace_file(figures / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
 
 
 def main(argv: list[str] | None = None) -> int:
