@@ -1,7 +1,7 @@
 """A corpus of 5,040 utterances through the store of decoded media, on demand: `pytest -m slow -s` (4 minutes, 7 GB).
 
-One file in a hundred is corrupt, a stub, empty or missing. The memory that the process itself holds must stay bounded;
-what it reads through the memory map is the system's cache, which gives way when others need it.
+One sound in a hundred is corrupt, a stub, empty or missing. The memory that the process itself holds must stay bounded;
+the files that it reads are in the system's cache, which gives way when others need it.
 """
 
 import json
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import demo
-from data import SPLITS, read_iemocap
-from report import write_report
+from data import read_iemocap
+from extras import demo
+from extras.report import write_report
 
 FILL = """
 import json, sys, threading, time
 from pathlib import Path
-from data import SPLITS, read_iemocap
-from media import MediaStore
+from data import read_iemocap
+from encoders import MediaStore
 
 def held():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -32,8 +32,8 @@ def watch():
         time.sleep(0.05)
 
 corpus = read_iemocap(Path(sys.argv[1]))
-utterances = [u for split in SPLITS for u in corpus.utterances(split)]
-store = MediaStore(Path(sys.argv[2]), size=224)
+utterances = corpus.utterances()
+store = MediaStore(Path(sys.argv[2]), ("audio", "video"), size=224)
 most = before = held()
 threading.Thread(target=watch, daemon=True).start()
 start = time.monotonic()
@@ -42,10 +42,10 @@ filled = time.monotonic() - start
 start = time.monotonic()
 total = 0
 for u in utterances:
-    total += int(store.audio(u.id).isfinite().all()) if store.length(u.id, "audio") else 0
-    total += int(store.video(u.id).sum() > 0) if store.length(u.id, "video") else 0
+    total += int(store.get(u.id, "audio").isfinite().all()) if store.length(u.id, "audio") else 0
+    total += int(store.get(u.id, "video").sum() > 0) if store.length(u.id, "video") else 0
 read = time.monotonic() - start
-print(json.dumps([before, most, filled, read, total, store.problems]))
+print(json.dumps([before, most, filled, read, total, store.problems()]))
 """
 
 
@@ -53,7 +53,7 @@ print(json.dumps([before, most, filled, read, total, store.problems]))
 def test_five_thousand_utterances_in_bounded_memory(tmp_path):
     demo.write_iemocap(tmp_path / "corpus", conversations=72, utterances=(14, 14))
     corpus = read_iemocap(tmp_path / "corpus")
-    utterances = [u for split in SPLITS for u in corpus.utterances(split)]
+    utterances = corpus.utterances()
     assert len(utterances) == 5040
     broken = utterances[::100]
     for i, u in enumerate(broken):
@@ -71,8 +71,9 @@ def test_five_thousand_utterances_in_bounded_memory(tmp_path):
     assert {p.split(":")[0] for p in problems} == {u.id for u in broken}
     assert total == 2 * len(utterances) - len(broken)
     row = [{"seed": 0, "epoch": None, "labels": [0, 1], "predictions": [0, 1]}]
-    about = {"title": "5,040", "made_up": True, "corpus": "demo", "machine": {}, "notes": [], "label_names": ["a", "b"]}
-    write_report(tmp_path, {**about, "problems": problems, "rows": {"T": row}})
+    about = {"title": "5,040", "made_up": True, "corpus": "demo", "machine": "here", "notes": []}
+    about |= {"label_names": ["a", "b"], "problems": problems, "rows": {"T": row}}
+    write_report(tmp_path, about)
     listed = (tmp_path / "report.md").read_text().splitlines()
     assert all(f"- {p}" in listed for p in problems)
 
