@@ -1,14 +1,15 @@
-"""What do MAGT's anchors hear? A study of trained models: `--anatomy`, or on any feature file
+"""What do MAGT's anchors hear? A study of trained models: the option `--anatomy` of a run.
 
-    python -m extras.anatomy my.safetensors --out runs/anatomy     # table, figure and anatomy.json in runs/anatomy
-    python -m extras.anatomy --fill docs/anatomy.md                # tables and figures of a page, from stored results
+    bash run.sh demo --anatomy                               table, figure and anatomy.json in runs/demo
+    bash run.sh iemocap --features my.safetensors --anatomy  the same on a feature file
+    python -m extras.anatomy --fill docs/anatomy.md          a page's tables and figures, from stored results
 
 Three fusions and MAGT with a bias to the own utterance (own_utterance.py), over text alone, with the next modality, and
 with all; then MAGT over all of them with one part taken out at a time. Epochs are chosen on dev; differences have the
 bootstrap intervals of experiments.py. Of each stream: the attention that an utterance gives to its own row and to its
 neighbours' rows, before and after training, and the mean gate (Eq. 21).
 
-Not here: training (magtkd.py), the bootstrap and the gates (experiments.py).
+Not here: training (magtkd.py), the bootstrap and the gates (experiments.py), the table and the page (anatomy_page.py).
 """
 
 import argparse
@@ -20,26 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Conversations, FeatureFile, InputError, replace_file
+from data import Conversations, FeatureFile, replace_file
+from extras.anatomy_page import BIASED, figure, fill, section, table
 from extras.context import Context
 from extras.experiments import MADE_UP, Study, compare, mean_gates, summary
-from extras.features import read_features
 from extras.own_utterance import OWN, OwnMAGT, own_magt
 from extras.report import machine
+from extras.runs import read_json
 from fusion import MAGT, Anchor, Concat, FusionConfig, read_inputs
-from magtkd import CONFIGS, PAPER, TABLE_NAMES, Method, feature_sets, load_fusion, seed_everything, train_fusion
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from magtkd import TABLE_NAMES, Method, load_fusion, seed_everything, train_fusion
 
 REACH = 6  # utterances before and after, of the figure
-BIASED = "MAGT, own row"
 MODELS = {"Concat": Concat, "Context": Context, "MAGT": MAGT, BIASED: own_magt()}
 LISTENED = ("MAGT", BIASED)  # the models whose attention and gates are measured
 
@@ -135,7 +132,7 @@ def train_cell(study: Study, cell: Cell) -> tuple[list[dict], list[dict]]:
             if not measured.exists():
                 kept = listen(weights, seed, cell, study.file)
                 replace_file(measured, lambda part, kept=kept: part.write_text(json.dumps(kept)))
-            heard.append(json.loads(measured.read_text()))
+            heard.append(read_json(measured))
         weights.unlink(missing_ok=True)
     return runs, heard
 
@@ -267,114 +264,14 @@ def rounded(x):
     return round(x, 4) if isinstance(x, float) else x
 
 
-# The table, the figure and the page
-
-
-def table(result: dict) -> str:
-    """Markdown: a row per model and features."""
-    head = ["features", "model", "dev W-F1", "W-F1", "M-F1", "against MAGT", "added by the last modality"]
-    lines = [head, ["---"] * len(head)]
-
-    def difference(c: dict | None) -> str:
-        return f"{c['difference']:+.2f} ± {c['std']:.2f} ({c['low']:+.2f} to {c['high']:+.2f})" if c else ""
-
-    for row in result["rows"]:
-        numbers = [f"{m:.2f} ± {s:.2f}" for m, s in (row[k] for k in ("dev", "weighted_f1", "macro_f1"))]
-        changes = [difference(row.get(k)) for k in ("against MAGT", "added")]
-        lines.append([row["features"], row["model"], *numbers, *changes])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def section(result: dict, picture: str) -> str:
-    """Table and figure with what is needed to read them. picture: the figure's path."""
-    text = f"D = {result['width']}, {result['seeds']} seeds; {result['machine']}.\n\n{table(result)}\n"
-    if result["heard"]:
-        numbers = [x for h in result["heard"] for x in h["numbers"]]
-        text += f"\nThe numbers of {BIASED} begin at {result['own']:g}; trained (mean over seeds), they lie between "
-        text += f"{min(numbers):.2f} and {max(numbers):.2f}.\n\n![Attention by distance]({picture})"
-    return text
-
-
-def figure(path: Path, result: dict) -> None:
-    """A panel per stream of the largest model: mean attention by distance, before and after training."""
-    if not result["heard"]:
-        return
-    largest = result["heard"][-1]["features"]
-    models = {h["model"]: h for h in result["heard"] if h["features"] == largest}
-    paper, biased = models["MAGT"], models[BIASED]
-    streams = list(paper["after"])
-    M = round(len(streams) ** 0.5)
-    fig, axes = plt.subplots(M, M, figsize=(3.5 * M, 2.7 * M + 0.7), sharex=True, sharey=True, squeeze=False)
-    x = range(-REACH, REACH + 1)
-    for i, (ax, stream) in enumerate(zip(axes.flat, streams)):
-        for what, near, style in (
-            ("MAGT, not trained", paper["before"], "k:"),
-            ("MAGT", paper["after"], "k-"),
-            (BIASED, biased["after"], "k--"),
-        ):
-            y = [100 * (p if p is not None else np.nan) for p in near[stream]["near"]]
-            ax.plot(x, y, style, marker="o" if style == "k-" else None, markersize=3, label=what)
-        gates = ", ".join(f"{h['gates'][i // M][i % M]:.2f}" for h in (paper, biased))
-        thirds = ", ".join(
-            "/".join(f"{100 * (t or 0):.0f}" for t in h["after"][stream]["thirds"]) for h in (paper, biased)
-        )
-        title = f"{stream}\ngate {gates}; own row by thirds {thirds} %"
-        ax.set_title(title.replace("->", "\u2192"), fontsize=8)
-        ax.grid(linewidth=0.3)
-    for ax in axes[-1]:
-        ax.set_xlabel("utterances after the own one", fontsize=9)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("attention, %", fontsize=9)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, names, ncols=3, loc="lower center", frameon=False)
-    fig.suptitle(f"{largest}, test; first MAGT, then {BIASED}", fontsize=10)
-    fig.tight_layout(rect=(0, 0.6 / (2.7 * M + 0.7), 1, 1))
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def fill(page: str, folder: Path) -> str:
-    """A page with each part between `<!-- anatomy-X -->` and `<!-- end -->` made anew from folder/anatomy-X.json."""
-
-    def part(found: re.Match) -> str:
-        name = found[1]
-        result = json.loads((folder / f"{name}.json").read_text())
-        return f"<!-- {name} -->\n{section(result, f'figures/{name}.png')}\n<!-- end -->"
-
-    return re.sub(r"<!-- (anatomy-\w+) -->\n.*?<!-- end -->", part, page, flags=re.DOTALL)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m extras.anatomy", description=__doc__.split("\n")[0])
-    parser.add_argument("features", type=Path, nargs="?", help="a feature file (format: README)")
-    parser.add_argument("--out", type=Path, default=Path("runs/anatomy"), help="(default: runs/anatomy)")
-    parser.add_argument("--config", choices=list(CONFIGS), default="iemocap", help="hyperparameters (default: iemocap)")
-    parser.add_argument("--made-up", action="store_true", help="say in the text that the corpus is made up")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--width", type=int, help="D of the fusion (default: Table 1's 768)")
-    parser.add_argument("--stage2-epochs", type=int, help="(default: Table 1's 30)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fill", type=Path, metavar="PAGE", help="tables and figures of PAGE, from PAGE/../figures")
-    args = parser.parse_args(argv)
-    if (args.features is None) == (args.fill is None):
-        parser.error("give a feature file, or --fill PAGE")
-    if args.fill:
-        folder = args.fill.parent / "figures"
-        page = fill(args.fill.read_text(encoding="utf-8"), folder)
-        replace_file(args.fill, lambda part: part.write_text(page, encoding="utf-8"))
-        for stored in sorted(folder.glob("anatomy-*.json")):
-            figure(stored.with_suffix(".png"), json.loads(stored.read_text()))
-        return 0
-    changes = {name: getattr(args, name) for name in ("width", "stage2_epochs") if getattr(args, name)}
-    config = dataclasses.replace(CONFIGS[args.config], **changes)
-    try:
-        file = read_features(args.features)
-    except InputError as e:
-        print(f"anatomy: {e}", file=sys.stderr)
-        return 2
-    kinds = feature_sets(list(file.features), False)[0]
-    about = (kinds, range(args.seeds), args.out, torch.device(args.device), args.made_up)
-    print(f"\n{study(Study(config, PAPER, file, *about))}\n\nMore: {args.out / 'anatomy.md'}")
+    parser = argparse.ArgumentParser(prog="python -m extras.anatomy", description="Fills a page from stored results.")
+    parser.add_argument("--fill", type=Path, metavar="PAGE", required=True, help="with its results in PAGE/../figures")
+    page = parser.parse_args(argv).fill
+    text = fill(page.read_text(encoding="utf-8"), page.parent / "figures")
+    replace_file(page, lambda part: part.write_text(text, encoding="utf-8"))
+    for stored in sorted((page.parent / "figures").glob("anatomy-*.json")):
+        figure(stored.with_suffix(".png"), json.loads(stored.read_text()))
     return 0
 
 

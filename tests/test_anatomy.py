@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import magtkd
 from data import Conversations, FeatureFile, write_features
-from extras import anatomy
+from extras import anatomy, anatomy_page
 from extras.experiments import Study
-from extras.own_utterance import OwnBlock, OwnConfig, OwnMAGT, own_magt
-from extras.released import build
-from fusion import MAGT, FusionConfig, Past
-from magtkd import CONFIGS, PAPER, Method, load_fusion, train_fusion
+from extras.own_utterance import own_magt
+from extras.runs import OWN
+from fusion import MAGT, FusionConfig
+from magtkd import CONFIGS, PAPER
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTHS = {"text": 8, "audio": 5, "video": 8}
@@ -63,108 +64,6 @@ def a_study(tmp_path, **changes):
     small = dataclasses.replace(CONFIGS["demo"], width=8, heads=2, stage2_epochs=2, stage2_batch=4, **changes)
     kinds = ("text", "audio_kd", "video")
     return Study(small, PAPER, example(), kinds, range(2), tmp_path, torch.device("cpu"), False)
-
-
-# The bias to the own utterance
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("missing", [False, True])
-def test_at_zero_and_not_trained_it_is_the_papers_to_the_last_digit(causal, missing):
-    torch.manual_seed(0)
-    paper = MAGT(config(causal=causal)).eval()
-    torch.manual_seed(0)
-    own = own_magt(0.0)(config(causal=causal)).eval()  # a seed begins both alike
-    for name, x in own.named_parameters():
-        x.requires_grad_(not name.endswith(".own"))
-    expected, found = paper(*inputs(missing)), own(*inputs(missing))
-    for m in WIDTHS:
-        assert torch.equal(found.logits[m], expected.logits[m])
-        assert torch.equal(found.hidden[m], expected.hidden[m])
-    at_six = own_magt()(config(causal=causal)).eval()
-    at_six.load_state_dict(own.state_dict() | {k: x for k, x in at_six.state_dict().items() if k.endswith(".own")})
-    assert (at_six(*inputs(missing)).logits["text"] - expected.logits["text"]).abs().max() > 1e-3
-
-
-def test_only_streams_between_two_modalities_have_it():
-    model = own_magt(2.5)(config())
-    owned = {name.split(".")[1] + name.split(".")[3] for name, _ in model.named_parameters() if name.endswith(".own")}
-    assert owned == {a + s for a in WIDTHS for s in WIDTHS if a != s}
-    assert all(x.tolist() == [2.5, 2.5] for name, x in model.named_parameters() if name.endswith(".own"))
-
-
-def test_the_attention_by_hand():
-    """Keys of zero: only the number speaks. Of five rows, the own one gets e^own / (e^own + 4), in each head."""
-    block = OwnBlock(OwnConfig(**vars(config()), own=0.0)).requires_grad_(False)
-    block.own[:] = torch.tensor([2.0, -1.0])
-    values = torch.eye(5).repeat(1, 2)
-    weights = block.attend_one(torch.randn(5, 8), torch.zeros(5, 8), values, None).unflatten(1, (2, 5))
-    for head, number in enumerate((2.0, -1.0)):
-        share = math.exp(number) / (math.exp(number) + 4)
-        expected = torch.full((5, 5), (1 - share) / 4).fill_diagonal_(share)
-        assert torch.allclose(weights[:, head], expected, atol=1e-6)
-    # After a past of two, the first of three new utterances has its own row third.
-    weights = block.attend_one(torch.randn(3, 8), torch.zeros(5, 8), values, None).unflatten(1, (2, 5))
-    assert weights[:, 0].argmax(dim=1).tolist() == [2, 3, 4]
-
-
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("step", [1, 2])
-def test_causal_and_streaming_equal_the_whole(missing, step):
-    torch.manual_seed(1)
-    model = own_magt()(config(causal=True)).eval()
-    features, speakers, lengths, present = inputs(missing)
-    whole = model(features, speakers, lengths, present).logits["text"].split(lengths)
-    starts = [0, 7, 8]
-    for b, (start, length) in enumerate(zip(starts, lengths)):
-        past, answers = Past(), []
-        for at in range(0, length, step):
-            rows = slice(start + at, start + min(at + step, length))
-            heard = {m: x[rows] for m, x in present.items()} if missing else None
-            piece = {m: x[rows] for m, x in features.items()}
-            answers.append(model(piece, speakers[rows], [len(speakers[rows])], heard, past).logits["text"])
-        assert torch.allclose(torch.cat(answers), whole[b], atol=1e-5)
-    changed = {m: torch.cat([x[:5], torch.randn(2, x.shape[1]), x[7:]]) for m, x in features.items()}
-    again = model(changed, speakers, lengths, present).logits["text"]
-    assert torch.equal(again[:5], whole[0][:5])  # the future changes nothing
-    assert not torch.allclose(again[5], whole[0][5])
-
-
-def test_an_utterance_that_may_read_nothing_gets_zero_and_finite_gradients():
-    torch.manual_seed(0)
-    for causal in (False, True):
-        model = own_magt()(config(causal=causal)).train()
-        block = model.anchor["text"].block["audio"]
-        nothing = block.attend_one(*torch.randn(3, 4, 8), torch.zeros(4, dtype=torch.bool))
-        assert torch.equal(nothing, torch.zeros(4, 8))
-        out = model(*inputs(missing=True))
-        sum(x.square().sum() for x in out.logits.values()).backward()
-        assert all(x.isfinite().all() for x in out.logits.values())
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_every_parameter_gets_a_gradient():
-    torch.manual_seed(0)
-    model = own_magt()(config()).train()
-    sum(x.square().sum() for x in model(*inputs()).logits.values()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_half_precision():
-    model = own_magt()(config()).eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(*inputs(missing=True)).logits["text"]
-    assert half.dtype == torch.bfloat16
-    assert (half.float() - model(*inputs(missing=True)).logits["text"]).abs().max() < 0.1
-
-
-def test_a_saved_model_is_loaded_again(tmp_path):
-    data = Conversations(example(), ("text", "audio_kd", "video"), torch.device("cpu"))
-    train_fusion("MAGT", data, 3, a_study(tmp_path).config, tmp_path / "m", 0, Method({"MAGT": own_magt(4.0)}))
-    model, kinds = load_fusion(tmp_path / "m.safetensors", build)
-    assert isinstance(model, OwnMAGT) and model.config.own == 4.0 and kinds == ("text", "audio_kd", "video")
-    number = model.anchor["text"].block["video"].own
-    assert (number - 4).abs().max() < 0.1 and (number != 4).all()  # it was trained
 
 
 # What the anchors hear
@@ -262,11 +161,11 @@ def test_before_training_is_what_training_began_with(tmp_path):
 def test_the_command_and_its_second_start(tmp_path, monkeypatch, capsys):
     write_features(tmp_path / "f.safetensors", example())
     out = tmp_path / "out"
-    options = [str(tmp_path / "f.safetensors"), "--out", str(out), "--config", "demo", "--seeds", "2"]
-    options += ["--stage2-epochs", "1", "--made-up", "--device", "cpu"]
-    assert anatomy.main(options) == 0
+    options = ["demo", "--features", str(tmp_path / "f.safetensors"), "--out", str(out), "--anatomy", "--seeds", "2"]
+    options += ["--stage2-epochs", "1", "--device", "cpu"]
+    assert magtkd.main(options) == 0
     result, text = json.loads((out / "anatomy.json").read_text()), (out / "anatomy.md").read_text()
-    assert "made up" in text and anatomy.table(result) in text and anatomy.table(result) in capsys.readouterr().out
+    assert anatomy.table(result) in text and anatomy.table(result) in capsys.readouterr().out
     rows = {(r["model"], r["features"]): r for r in result["rows"]}
     assert len(rows) == 3 + 4 + 4 + 5
     paper, biased = rows["MAGT", "T+A_KD+V"], rows[anatomy.BIASED, "T+A_KD+V"]
@@ -285,8 +184,14 @@ def test_the_command_and_its_second_start(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(anatomy, "listen", None)  # not called again
     monkeypatch.setattr("magtkd.train", None)
-    assert anatomy.main(options) == 0
+    assert magtkd.main(options) == 0
     assert json.loads((out / "anatomy.json").read_text()) == result
+    monkeypatch.undo()
+    kept = next((out / "anatomy").glob("*.heard.json"))
+    kept.write_text("{")
+    assert magtkd.main(options) == 2 and f"{kept}: damaged" in capsys.readouterr().err
+    unknown = [p for p in out.rglob("*") if p.is_file() and not OWN.fullmatch(p.relative_to(out).as_posix())]
+    assert unknown == []  # --fresh knows every file
 
 
 def test_distillation_off_has_no_weight_in_the_loss(tmp_path):
@@ -299,44 +204,69 @@ def test_distillation_off_has_no_weight_in_the_loss(tmp_path):
 
 def test_text_alone_has_a_table_and_no_figure(tmp_path):
     file = example(missing=False)
-    about = dataclasses.replace(a_study(tmp_path), file=file, kinds=("text",), seeds=range(1))
+    about = dataclasses.replace(a_study(tmp_path), file=file, kinds=("text",), seeds=range(1), made_up=True)
     lines = anatomy.study(about).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]][:3] == ["Concat", "Context", "MAGT"]
     assert not (tmp_path / "figures" / "anatomy.png").exists()
-    assert "![" not in (tmp_path / "anatomy.md").read_text()
-
-
-def test_what_the_command_says_of_a_wrong_file(tmp_path, capsys):
-    (tmp_path / "f.safetensors").write_bytes(b"no features")
-    assert anatomy.main([str(tmp_path / "f.safetensors"), "--out", str(tmp_path / "out")]) == 2
-    assert "not a readable feature file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        anatomy.main([])
+    text = (tmp_path / "anatomy.md").read_text()
+    assert "![" not in text and "made up" in text
 
 
 # The page
 
 
+def stored(own=(1.0, 0.5, 2.0)) -> dict:
+    """A result of two modalities. own: difference, low, high of MAGT with the bias."""
+    names = [("Concat", "T"), ("MAGT", "T"), ("Concat", "T+A"), ("Context", "T+A"), ("MAGT", "T+A")]
+    names += [(anatomy.BIASED, "T+A"), ("MAGT, no gates", "T+A")]
+    rows = [
+        {"model": m, "features": f, **{k: [50.0 + i, 1.0] for k in ("dev", "weighted_f1", "macro_f1")}}
+        for i, (m, f) in enumerate(names)
+    ]
+    for row in rows:
+        numbers = own if row["model"] == anatomy.BIASED else (-0.3, -1.0, 0.5)
+        change = {**dict(zip(("difference", "low", "high"), numbers)), "std": 0.25}
+        row |= {"against MAGT": change} if row["model"] != "MAGT" else {}
+        row |= {"added": change} if row["features"] == "T+A" and "no gates" not in row["model"] else {}
+    shares = {"text -> text": 0.4, "audio -> text": 0.1, "text -> audio": 0.3, "audio -> audio": 0.6}
+    streams = {name: {"own": x, "thirds": [x] * 3, "near": [None, 0.1, x, 0.1, 0.0]} for name, x in shares.items()}
+    one = {"features": "T+A", "before": streams, "after": streams, "gates": [[0.25, 0.5], [0.5, 0.75]]}
+    heard = [{"model": "MAGT", **one, "numbers": []}, {"model": anatomy.BIASED, **one, "numbers": [5.5, 6.25]}]
+    about = {"made_up": True, "machine": "a machine", "seeds": 3, "width": 8, "own": 6.0}
+    return {**about, "rows": rows, "heard": heard}
+
+
+def test_the_sentences_follow_the_numbers():
+    text = "\n".join(anatomy_page.learned(stored()))
+    assert f"{anatomy.BIASED}, against MAGT, over T+A: +1.00 ± 0.25 (+0.50 to +2.00), better" in text
+    assert f"What A adds to T: Concat -0.30, Context -0.30, MAGT -0.30, {anatomy.BIASED} +1.00*." in text
+    assert "Against MAGT, over T+A: Concat -0.30, Context -0.30." in text
+    assert "one thing changed, against MAGT, over T+A: no gates -0.30." in text
+    assert "20.0 % before training" in text and "after training: 50.0 %" in text  # (10 + 30) / 2, (40 + 60) / 2
+    assert "between 0.25 and 0.75" in text and "between 5.50 and 6.25" in text
+    assert "worse" in anatomy_page.learned(stored((-1.0, -2.0, -0.5)))[0]
+    assert "holds 0" in anatomy_page.learned(stored((1.0, -0.1, 2.0)))[0]
+
+
 def test_the_page_is_what_the_stored_results_say():
     page = (DOCS / "anatomy.md").read_text(encoding="utf-8")
     assert anatomy.fill(page, DOCS / "figures") == page
-    stored = sorted(p.stem for p in (DOCS / "figures").glob("anatomy-*.json"))
-    assert stored == ["anatomy-demo", "anatomy-mosi"]
-    for name in stored:
+    for name in ("anatomy-demo", "anatomy-mosi"):
         assert f"<!-- {name} -->\n" in page
-        assert f"(figures/{name}.png)" in page and (DOCS / "figures" / f"{name}.png").exists()
-        result = json.loads((DOCS / "figures" / f"{name}.json").read_text())
-        assert result["made_up"] == (name == "anatomy-demo") and result["seeds"] == 3
+        path = DOCS / "figures" / f"{name}.json"
+        assert path.exists() == (f"(figures/{name}.png)" in page) == path.with_suffix(".png").exists()
+        if path.exists():
+            result = json.loads(path.read_text())
+            assert result["made_up"] == (name == "anatomy-demo") and result["seeds"] == 3
 
 
 def test_fill_writes_what_is_between_the_marks(tmp_path):
-    stored = DOCS / "figures" / "anatomy-demo.json"
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "anatomy-demo.json").write_bytes(stored.read_bytes())
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- anatomy-demo -->\nold\n<!-- end -->\nafter\n")
+    (tmp_path / "figures" / "anatomy-demo.json").write_text(json.dumps(stored()))
+    page, mark = tmp_path / "page.md", "<!-- end -->"
+    page.write_text(f"before\n<!-- anatomy-demo -->\nold\n{mark}\nbetween\n<!-- anatomy-x -->\nold\n{mark}\nafter\n")
     assert anatomy.main(["--fill", str(page)]) == 0
     text = page.read_text()
-    assert text.startswith("before\n<!-- anatomy-demo -->\n") and text.endswith("\n<!-- end -->\nafter\n")
-    assert "old" not in text.split() and anatomy.table(json.loads(stored.read_text())) in text
+    assert text.startswith("before\n<!-- anatomy-demo -->\n") and text.endswith(f"\nNot measured.\n{mark}\nafter\n")
+    assert "old" not in text.split() and anatomy.table(stored()) in text and "\nbetween\n" in text
     assert (tmp_path / "figures" / "anatomy-demo.png").stat().st_size > 10_000
