@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from test_features import example
 
+import encoders
+import losses
 import magtkd
-import stage1
-import stage2
-from data import read_iemocap
-from features import read_features, write_features
-from media import MediaStore
+from data import read_iemocap, write_features
+from extras import cli, runs
+from extras.features import read_features
 
 PROJECT = Path(__file__).parent.parent
+SH = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
 SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "2", "--encoders", "tiny", "--workers", "2"]
 
 
@@ -44,30 +46,31 @@ def test_a_whole_run_leaves_its_files(meld_run):
     _, out = meld_run
     for name in ("config.json", "features.safetensors", "fusion.safetensors", "metrics.json", "report.md", "log.jsonl"):
         assert (out / name).stat().st_size > 0, name
-    for name in stage2.ROWS:
-        assert (out / f"{name}.safetensors").exists() and (out / f"{name}.vectors.safetensors").exists()
+    for name in magtkd.TABLE_NAMES:
+        assert (out / f"{name}.safetensors").exists() and (out / f"{name}.features.safetensors").exists()
     assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png", "gates.png", "tsne.png"}
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.resume.pt"))
 
     metrics = json.loads((out / "metrics.json").read_text())
-    encoders = list(stage2.ROWS.values())
+    alone = ["T", "A", "V", "A_KD", "V_KD"]
     sets = ["T+A+V", "T+A+V_KD", "T+A_KD+V", "T+A_KD+V_KD"]
-    assert list(metrics["rows"]) == [*encoders, *(f"{f} {s}" for f in stage2.FUSIONS for s in sets)]
+    fused = [f"{fusion} {s}" for fusion in ("Concat", "Context", "MAGT") for s in sets]
+    assert list(metrics["rows"]) == [*alone, *fused]
     for name, row in metrics["rows"].items():
-        assert len(row["seeds"]) == (1 if name in encoders else 2)
+        assert len(row["seeds"]) == (1 if name in alone else 2)
         assert 0 <= row["weighted_f1"]["mean"] <= 100
     assert not metrics["made_up"]  # it was read as the real one
 
 
-def test_broken_media_are_listed_and_their_vectors_missing(meld_run, meld):
+def test_broken_media_are_listed_and_their_features_missing(meld_run, meld):
     _, out = meld_run
     problems = json.loads((out / "metrics.json").read_text())["problems"]
-    assert "dev_dia0_utt1: sound missing" in problems and "dev_dia0_utt1: picture missing" in problems
-    assert any(p.startswith("train_dia0_utt1: picture broken") for p in problems)
-    features = read_features(out / "features.safetensors")
-    row = features.utterance_names.index("train_dia0_utt1")
-    assert not features.present["video"][row] and not features.vectors["video"][row].any()
-    assert features.present["text"].all()
+    assert "dev_dia0_utt1: audio missing" in problems and "dev_dia0_utt1: video missing" in problems
+    assert any(p.startswith("train_dia0_utt1: video broken") for p in problems)
+    file = read_features(out / "features.safetensors")
+    row = file.utterance_names.index("train_dia0_utt1")
+    assert not file.present["video"][row] and not file.features["video"][row].any()
+    assert file.present["text"].all()
     report = (out / "report.md").read_text()
     assert all(f"- {p}\n" in report for p in problems)
     assert "1 utterances without a clip" in report
@@ -84,9 +87,9 @@ def test_the_report_shows_the_papers_figures(meld_run):
 
 def test_a_second_start_computes_nothing(meld_run, monkeypatch, capsys):
     options, out = meld_run
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.vectors.safetensors")}
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.features.safetensors")}
     metrics = (out / "metrics.json").read_bytes()
-    for module, name in ((stage1, "train_encoder"), (stage2, "fusion_losses"), (MediaStore, "_decode")):
+    for module, name in ((magtkd, "train"), (magtkd, "encode"), (encoders, "decode")):
         monkeypatch.setattr(module, name, None)  # to call it would fail
     for more in (["--ablation"], []):  # what the report holds of an ablation stays there
         assert magtkd.main([*options, *more]) == 0
@@ -104,10 +107,8 @@ def test_another_configuration_is_refused(meld_run, capsys):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(meld_run):
-    import checkpoint
-
     options, out = meld_run
-    lock = checkpoint.open_run(out, json.loads((out / "config.json").read_text()), fresh=False)
+    lock = runs.lock_folder(out)
     code, _, error = run(*options)
     lock.close()
     assert code == 2 and "another run is at work in this folder" in error
@@ -120,13 +121,14 @@ def test_same_seed_same_metrics_and_fresh_starts_anew(iemocap, tmp_path):
     assert code == 0, error
     assert "5 turns labelled xxx, sur, fea, dis or oth, dropped" in printed
     first = (tmp_path / "run" / "metrics.json").read_bytes()
-    (tmp_path / "run" / "old").touch()
+    for name in ("sweep.md", "notes.txt"):  # the one is a run's, the other the user's
+        (tmp_path / "run" / name).touch()
     code, _, error = run(*options, "--fresh")
     assert code == 0, error
     assert (tmp_path / "run" / "metrics.json").read_bytes() == first
-    assert not (tmp_path / "run" / "old").exists()
+    assert not (tmp_path / "run" / "sweep.md").exists() and (tmp_path / "run" / "notes.txt").exists()
     problems = json.loads(first)["problems"]
-    assert {p.split(": ")[1].split()[0] for p in problems} == {"sound"} and len(problems) == 3
+    assert {p.split(": ")[1].split()[0] for p in problems} == {"audio"} and len(problems) == 3
 
 
 # Stage 2 on a feature file of one's own
@@ -151,28 +153,21 @@ def test_features_of_ones_own(feature_file, tmp_path, capsys):
     assert weights["classifier.text.weight"].shape == (3, 64)  # a checkpoint of the released preset
 
 
-def test_a_speaker_never_seen_in_training():
-    data = stage2.Conversations(example(), ("text", "audio_kd"), torch.device("cpu"))
-    batch = data.batch([1, 3])
-    _, speakers, mask, present, places = batch.inputs
-    assert speakers.tolist() == [[0, -1], [0, -1]]  # padding; and Eve, who speaks in test alone
-    assert mask.tolist() == [[True, False], [True, True]]
-    assert present["audio"].tolist() == [[False, False], [True, True]]
-    assert batch.labels[mask].tolist() == [2, 2, 0]
-    assert places.tolist() == [0, 2, 3] and batch.places["audio"].tolist() == [2, 3]
-
-
 def test_a_class_absent_from_dev_and_conversations_of_one(tmp_path):
-    features = example()
-    features.label[3:5] = 0
-    features.conversation = torch.arange(7)
-    features.conversation_names = [f"c{i}" for i in range(7)]
-    write_features(tmp_path / "f.safetensors", features)
+    file = example()
+    file.label[3:5] = 0
+    file.conversation = torch.arange(7)
+    file.conversation_names = [f"c{i}" for i in range(7)]
+    write_features(tmp_path / "f.safetensors", file)
     options = ["meld", "--features", str(tmp_path / "f.safetensors"), "--out", str(tmp_path / "run"), *SHORT]
     assert magtkd.main(options) == 0
 
 
 # What a user may do wrong
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("corpus, what", [("iemocap", "Session1"), ("meld", "train_sent_emo.csv")])
@@ -207,26 +202,42 @@ def test_fresh_empties_runs_alone(feature_file, tmp_path, capsys):
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     options = ["iemocap", "--features", str(feature_file), "--out", str(tmp_path / "home"), "--fresh", *SHORT]
     assert magtkd.main(options) == 2
-    assert "not the folder of a run" in capsys.readouterr().err
+    assert "holds files that are not of a run" in capsys.readouterr().err
     assert (tmp_path / "home" / "thesis.txt").exists()
 
 
-def test_a_checkpoint_of_another_program(iemocap, tmp_path, capsys):
+def test_a_checkpoint_of_another_program(iemocap, tmp_path, monkeypatch, capsys):
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
-    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(magtkd, "train", stop)
+        assert magtkd.main(options) == 130
     (tmp_path / "run" / "text.resume.pt").write_bytes(b"nonsense")
     assert magtkd.main(options) == 2
     error = capsys.readouterr().err
-    assert "text.resume.pt: not a checkpoint of this program" in error and "--fresh" in error
+    assert "text.resume.pt: not a checkpoint of this model" in error and "--fresh" in error
 
 
-def test_a_full_disk(feature_file, tmp_path):
+def test_a_full_disk(feature_file, tmp_path, monkeypatch, capsys):
     """/dev/full answers every write with "no space left on device"."""
+    monkeypatch.setattr(magtkd, "save_model", lambda *_: Path("/dev/full").write_text("weights"))
     out = tmp_path / "run"
-    out.mkdir()
-    (out / "config.json.part").symlink_to("/dev/full")
-    code, _, error = run("iemocap", "--features", feature_file, "--out", out, *SHORT)
-    assert code == 2 and "No space left on device" in error and "--out" in error and "Traceback" not in error
+    assert magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(out), *SHORT]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "--out" in error and "What is whole stays" in error
+    assert not list(out.rglob("*.part")) and not (out / "fusion.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "size", [100, 10_000]
+)  # bytes; the first file of a run is longer than 100, weights than 10,000
+def test_files_may_not_grow(feature_file, tmp_path, size):
+    """As on a full disk, by a limit of the process: one line says so, and half a file stays nowhere."""
+    out = tmp_path / "run"
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+    code, _, error = run("iemocap", "--features", feature_file, "--out", out, *SHORT, **limit)
+    assert code == 2 and "Traceback" not in error and error.count("\n") == 1, error
+    assert "What is whole stays" in error and str(out) in error
+    assert not list(out.rglob("*.part")) and not list(out.rglob("*.safetensors"))
 
 
 def test_a_folder_that_cannot_be_written(feature_file, capsys):
@@ -236,28 +247,27 @@ def test_a_folder_that_cannot_be_written(feature_file, capsys):
 
 
 def test_ctrl_c_loses_nothing(iemocap, tmp_path):
-    out = tmp_path / "run"
+    out, said = tmp_path / "run", tmp_path / "said"
     command = [sys.executable, str(PROJECT / "magtkd.py"), "iemocap", "--root", str(iemocap), "--out", str(out)]
     command += [*SHORT, "--stage1-epochs", "1000"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "text.resume.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in error and "stopped" in error
-    assert (out / "text.resume.pt").exists() and (out / "media" / "index.jsonl").exists()
+    with open(said, "w") as f:  # a shell's background jobs ignore SIGINT
+        as_usual = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, **as_usual)
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / "text.resume.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    assert "Traceback" not in said.read_text() and "stopped" in said.read_text()
+    assert (out / "text.resume.pt").exists() and list((out / "media").rglob("*.npy"))
 
 
 def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stage1, "stage1_loss", lambda logits, *_, **__: logits.sum() * torch.nan)
+    monkeypatch.setattr(losses, "cross_entropy", lambda logits, *_: logits.sum() * torch.nan)
     options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
     assert magtkd.main(options) == 2
     error = capsys.readouterr().err
@@ -287,6 +297,23 @@ def test_out_of_memory_names_the_switch(feature_file, tmp_path, monkeypatch, cap
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(magtkd, "run_stage2", full)
+    monkeypatch.setattr(cli, "run_stage2", full)
     assert magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(tmp_path / "run")]) == 2
     assert "--gradient-checkpointing" in capsys.readouterr().err
+
+
+# run.sh
+
+
+def test_run_sh_names_its_commands():
+    done = subprocess.run(["bash", PROJECT / "run.sh"], capture_output=True, text=True, env=SH)
+    assert done.returncode == 2
+    commands = {line.split()[2] for line in done.stdout.splitlines() if line.startswith("bash run.sh")}
+    assert commands == {"demo", "iemocap", "test", "predict", "tour", "gpu"} and "bench" in done.stdout
+
+
+def test_run_sh_hands_over(feature_file, tmp_path):
+    """From any folder; options, exit code and words are those of magtkd.py."""
+    command = ["bash", PROJECT / "run.sh", "meld", "--root", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=SH, cwd=tmp_path)
+    assert done.returncode == 2 and "no complete MELD at nowhere" in done.stderr
