@@ -36,6 +36,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "meld-predict": lambda: fenced(FIGURES / "meld-predict.txt"),
     "mosi": partial(runs.short_table, "mosi-metrics"),
     "mosi-verdict": runs.mosi_text,
+    "precision": runs.precision_table,
     "demo": partial(runs.short_table, "demo-metrics"),
     "demo-verdict": runs.demo_text,
     "demo-files": runs.demo_files,

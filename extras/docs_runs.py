@@ -139,6 +139,14 @@ def mosi_text() -> str:
     return f"{says} {machine_of('mosi-metrics')}"
 
 
+def precision_table() -> str:
+    """CMU-MOSI in float32 and in bfloat16."""
+    found = [("float32", stored("mosi-metrics")), ("bfloat16", stored("mosi-bfloat16"))]
+    names = [name for name in found[0][1]["rows"] if name in found[1][1]["rows"]]
+    rows = [[name, precision, *cells(run["rows"][name])] for name in names for precision, run in found]
+    return table(["model", "precision", "accuracy", "W-F1", "M-F1", "W-F1, test-selected"], rows)
+
+
 def demo_files() -> str:
     (line,) = [note for note in stored("demo-metrics")["notes"] if "conversations" in note]
     return f"The demo has {line}."

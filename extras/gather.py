@@ -1,7 +1,8 @@
 """What docs/ shows: results taken over from finished runs, the exercises of docs/course.md, the losses' sizes.
 
     python -m extras.gather demo=runs/demo meld=runs/meld mosi=runs/mosi causal=runs/causal weights=runs/weights
-    python -m extras.gather meld-causal=runs/meld-causal meld-weights=runs/meld-weights   # MELD's stage 2, other options
+    python -m extras.gather meld-causal=runs/meld-causal meld-weights=runs/meld-weights  # stage 2 alone
+    python -m extras.gather mosi-bfloat16=runs/mosi-bfloat16  # the same with --precision bfloat16
     python -m extras.gather --exercises runs/demo     # stage 2 with each exercise's change, 3 minutes on two cores
     python -m extras.gather --losses                  # L_s and L_f on random features, seconds
 
@@ -45,6 +46,7 @@ NAMES = {  # what one gives -> the file in docs/figures/
     "meld-causal": "meld-causal",
     "meld-weights": "meld-weights",
     "mosi": "mosi-metrics",
+    "mosi-bfloat16": "mosi-bfloat16",
 }
 FILM = "corpus/Session5/dialog/avi/DivX/Ses05F_impro04.avi"  # in a demo's folder
 CONVERSATIONS = {
