@@ -87,7 +87,7 @@ def test_the_command_decodes_nothing_and_makes_nothing(meld, tmp_path, monkeypat
     assert magtkd.main(options) == 2  # eleven conversations are not the paper's
     said = capsys.readouterr()
     assert "1,038/114/280" in said.out and "other conversations" in said.err and said.err.count("\n") == 1
-    assert ("without sound" in said.err) and ("--modalities text" in said.err)
+    assert ("utterances without sound" in said.err) == (not clips) and "--modalities text" in said.err
     assert sorted(tmp_path.rglob("*")) == before
     if not clips:
         assert "without a clip" in said.out
