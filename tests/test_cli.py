@@ -22,15 +22,14 @@ from extras import cli, runs
 from extras.features import read_features
 
 PROJECT = Path(__file__).parent.parent
-SH = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
 SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "2", "--encoders", "tiny", "--workers", "2"]
 
 
-def run(*arguments, **changes):
-    """magtkd.py in a process of its own: (exit code, stdout, stderr)."""
-    command = [sys.executable, str(PROJECT / "magtkd.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **changes)
-    return done.returncode, done.stdout, done.stderr
+def run_sh(*arguments, **changes):
+    """bash run.sh, in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
+    command = ["bash", PROJECT / "run.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +105,24 @@ def test_another_configuration_is_refused(meld_run, capsys):
     assert (out / "metrics.json").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(meld_run):
+def test_a_second_run_in_the_same_folder_is_refused(meld_run, capsys):
     options, out = meld_run
     lock = runs.lock_folder(out)
-    code, _, error = run(*options)
+    assert magtkd.main(options) == 2
     lock.close()
-    assert code == 2 and "another run is at work in this folder" in error
+    assert "another run is at work in this folder" in capsys.readouterr().err
 
 
-def test_same_seed_same_metrics_and_fresh_starts_anew(iemocap, tmp_path):
-    """Twice on IEMOCAP's layout, once over what was there: the metrics agree to the last digit."""
-    options = ["iemocap", "--root", iemocap, "--out", tmp_path / "run", "--seeds", "1", *SHORT]
-    code, printed, error = run(*options)
-    assert code == 0, error
-    assert "5 turns labelled xxx, sur, fea, dis or oth, dropped" in printed
+def test_same_seed_same_metrics_and_fresh_starts_anew(iemocap, tmp_path, capsys):
+    """Twice on IEMOCAP's layout, the second time in another process and over what was there: not a digit differs."""
+    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--seeds", "1", *SHORT]
+    assert magtkd.main(options) == 0
+    assert "5 turns labelled xxx, sur, fea, dis or oth, dropped" in capsys.readouterr().out
     first = (tmp_path / "run" / "metrics.json").read_bytes()
     for name in ("sweep.md", "notes.txt"):  # the one is a run's, the other the user's
         (tmp_path / "run" / name).touch()
-    code, _, error = run(*options, "--fresh")
-    assert code == 0, error
+    done = run_sh(*options, "--fresh")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "metrics.json").read_bytes() == first
     assert not (tmp_path / "run" / "sweep.md").exists() and (tmp_path / "run" / "notes.txt").exists()
     problems = json.loads(first)["problems"]
@@ -171,30 +169,36 @@ def stop(*_):
 
 
 @pytest.mark.parametrize("corpus, what", [("iemocap", "Session1"), ("meld", "train_sent_emo.csv")])
-def test_no_corpus(corpus, what, tmp_path):
-    code, _, error = run(corpus, cwd=tmp_path)
-    assert code == 2 and "Traceback" not in error and error.count("\n") == 1
+def test_no_corpus(corpus, what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert magtkd.main([corpus]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") == 1
     assert all(words in error for words in (what, "--root", "bash run.sh demo", "data/"))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_corpus_without_clips(meld, tmp_path, capsys):
+    (tmp_path / "meld").mkdir()
     for table in meld.rglob("*_sent_emo.csv"):
-        (tmp_path / table.name).write_bytes(table.read_bytes())
-    assert magtkd.main(["meld", "--root", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+        (tmp_path / "meld" / table.name).write_bytes(table.read_bytes())
+    assert magtkd.main(["meld", "--root", str(tmp_path / "meld"), "--out", str(tmp_path / "run")]) == 2
     assert "no audio file for any utterance of train" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_feature_file_that_is_not_there(tmp_path, capsys):
     assert magtkd.main(["iemocap", "--features", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "no such file; --features wants a feature file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_there(iemocap, tmp_path):
-    code, _, error = run("iemocap", "--root", iemocap, "--out", tmp_path / "run", "--video-model", "no-such/model")
-    assert code == 2 and "Traceback" not in error
-    assert "no-such/model" in error and "--video-model DIR" in error
+def test_a_model_that_is_not_there(iemocap, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--video-model", "no-such/model"]
+    assert magtkd.main(options) == 2
+    error = capsys.readouterr().err
+    assert "no-such/model" in error and "--video-model DIR" in error and "Traceback" not in error
 
 
 def test_fresh_empties_runs_alone(feature_file, tmp_path, capsys):
@@ -230,13 +234,16 @@ def test_a_full_disk(feature_file, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "size", [100, 10_000]
 )  # bytes; the first file of a run is longer than 100, weights than 10,000
-def test_files_may_not_grow(feature_file, tmp_path, size):
-    """As on a full disk, by a limit of the process: one line says so, and half a file stays nowhere."""
-    out = tmp_path / "run"
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
-    code, _, error = run("iemocap", "--features", feature_file, "--out", out, *SHORT, **limit)
-    assert code == 2 and "Traceback" not in error and error.count("\n") == 1, error
-    assert "What is whole stays" in error and str(out) in error
+def test_files_may_not_grow(feature_file, tmp_path, capsys, size):
+    """As on a full disk, by a limit of this process: one line says so, and half a file stays nowhere."""
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        code = magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(out), *SHORT])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "What is whole stays" in error and str(out) in error, error
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.safetensors"))
 
 
@@ -306,14 +313,13 @@ def test_out_of_memory_names_the_switch(feature_file, tmp_path, monkeypatch, cap
 
 
 def test_run_sh_names_its_commands():
-    done = subprocess.run(["bash", PROJECT / "run.sh"], capture_output=True, text=True, env=SH)
+    done = run_sh()
     assert done.returncode == 2
     commands = {line.split()[2] for line in done.stdout.splitlines() if line.startswith("bash run.sh")}
     assert commands == {"demo", "iemocap", "test", "predict", "tour", "gpu"} and "bench" in done.stdout
 
 
-def test_run_sh_hands_over(feature_file, tmp_path):
+def test_run_sh_hands_over(tmp_path):
     """From any folder; options, exit code and words are those of magtkd.py."""
-    command = ["bash", PROJECT / "run.sh", "meld", "--root", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, env=SH, cwd=tmp_path)
+    done = run_sh("meld", "--root", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "no complete MELD at nowhere" in done.stderr
