@@ -65,6 +65,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed-padding": measured.speed_padding,
     "speed-where": measured.speed_where,
     "never": measured.never_measured,
+    "hostile": measured.hostile_text,
     "losses": measured.losses_table,
     "losses-verdict": measured.losses_text,
     "course": measured.course_table,

@@ -140,3 +140,15 @@ def course_text(name: str) -> str:
     gap, noise = row["mean"] - base["mean"], max(row["std"], base["std"])
     how = "within the deviation over seeds" if abs(gap) <= noise else f"{'up' if gap > 0 else 'down'} by {abs(gap):.2f}"
     return f"Measured: W-F1 {row['mean']:.2f}, the paper's {base['mean']:.2f}: {how}."
+
+
+def hostile_text() -> str:
+    """How many cases `python -m tests.hostile` tried, of which kinds, and how many failed."""
+    found = stored("hostile")
+    counts, failures = found["counts"], found["failures"]
+    failed = {kind: sum(line.startswith(f"{kind}: ") for line in failures) for kind in counts}
+    rows = [[kind, f"{n:,}", str(failed[kind])] for kind, n in counts.items()]
+    return (
+        f"{table(['damaged at random', 'cases', 'failed'], rows)}\n\nThe last run: {sum(counts.values()):,} cases in "
+        f"{found['seconds']:,} s, seed {found['seed']}; {len(failures) or 'none'} failed (`docs/figures/hostile.json`)."
+    )
