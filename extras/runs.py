@@ -4,14 +4,13 @@
 the corpus was (per utterance its split, conversation, speaker, label, a hash of its words, its times), size and time of
 every sound and film, and why some could not be decoded. A second start compares all of it with what there is now.
 
-Not here: what is in the other files (data.py, report.py).
+Not here: the comparing (changes.py), and what is in the other files (data.py, report.py).
 """
 
 import fcntl
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from data import SPLITS, Corpus, InputError, Utterance, replace_file
 from encoders import MediaStore, video_shape
+from extras.changes import compare, describe, stamps
 from magtkd import TABLE_NAMES
 
 MARKER = "magtkd-run.json"
@@ -267,43 +267,6 @@ def remove(out: Path, pattern: re.Pattern) -> list[Path]:
         if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
     return gone
-
-
-def describe(corpus: Corpus) -> dict[str, list]:
-    """Per utterance, in order, what results depend on: split, conversation, speaker, label, its words' hash, times."""
-    return {
-        u.id: [s, c.id, u.speaker, corpus.label_names[u.label], zlib.crc32(u.text.encode()), repr((u.start, u.end))]
-        for s, conversations in corpus.splits.items()
-        for c in conversations
-        for u in c.utterances
-    }
-
-
-def compare(before: dict[str, list], now: dict[str, list]) -> list[str]:
-    """What changed, in words: "2 utterances relabelled (a, b)"; nothing if nothing did."""
-    both = [i for i in before if i in now]
-    words = ("in another split", "in another conversation", "of another speaker", "relabelled", "reworded", "cut anew")
-    groups = {"removed": [i for i in before if i not in now], "added": [i for i in now if i not in before]}
-    groups |= {word: [i for i in both if before[i][n : n + 1] != now[i][n : n + 1]] for n, word in enumerate(words)}
-    if not any(groups.values()) and list(before) != list(now):
-        groups["in another order"] = [i for i, j in zip(before, now) if i != j]
-    return [
-        f"{len(ids)} utterance{'s' * (len(ids) > 1)} {what} ({', '.join(ids[:3])}{', ..' * (len(ids) > 3)})"
-        for what, ids in groups.items()
-        if ids
-    ]
-
-
-def stamps(corpus: Corpus, modality: str) -> dict[str, list[int] | None]:
-    """Size and time of change of each utterance's file; None if there is none."""
-    found: dict[Path | None, list[int] | None] = {None: None}
-    for path in {getattr(u, modality) for u in corpus.utterances()} - {None}:
-        try:
-            about = os.stat(path)
-            found[path] = [about.st_size, about.st_mtime_ns]
-        except OSError:
-            found[path] = None
-    return {u.id: found[getattr(u, modality)] for u in corpus.utterances()}
 
 
 def same_bytes(a: Path, b: Path) -> bool:
