@@ -172,7 +172,7 @@ class MediaStore:
     def fill(self, utterances: list[Utterance], workers: int) -> None:
         """Decodes what is not in the store yet. Threads: FFmpeg and torch leave Python's lock while they work.
 
-        Processes would survive a crash in FFmpeg. None is known, and they cost up to twice as much: docs/reliability.md.
+        Processes would survive a crash in FFmpeg. None is known; they cost up to twice as much: docs/reliability.md.
         Errors: InputError if the disk is too small.
         """
         todo = [(u, m) for u in utterances for m in self.modalities if not self._is_done(u.id, m)]
