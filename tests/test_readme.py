@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,6 +16,7 @@ import torch
 from bench import gpu, speed
 from extras import anatomy, cli, docs, drawing, gather, predict, report, tour
 from extras.docs_stored import FIGURES
+from tests import hostile
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in docs.pages()}
@@ -93,7 +95,7 @@ class Accepted(Exception):
 
 PARSERS = {"predict": predict.main, "tour": tour.main, "gpu": gpu.main}
 MODULES = {"extras.docs": docs.main, "extras.gather": gather.main, "extras.anatomy": anatomy.main}
-MODULES |= {"bench.speed": speed.main, "bench.gpu": gpu.main}
+MODULES |= {"bench.speed": speed.main, "bench.gpu": gpu.main, "tests.hostile": lambda argv: hostile.main()}
 BARE = (["bash", "run.sh", "test"], ["bash", "run.sh", "bench"], ["python", "-m", "bench.plots"])  # no options
 
 
@@ -125,6 +127,7 @@ def test_every_command_is_accepted(name, monkeypatch, capsys):
         main, argv = (PARSERS[rest[0]], rest[1:]) if start[0] == "bash" else (MODULES[rest[0]], rest[1:])
         with monkeypatch.context() as m, pytest.raises(Accepted):
             m.setattr(argparse.ArgumentParser, "parse_args", stop)
+            m.setattr(sys, "argv", ["program", *argv])  # for a main without arguments
             main(argv)
 
 
