@@ -88,7 +88,7 @@ def speed_where() -> str:
 def never_measured() -> str:
     """What was never measured, as far as stored files can tell."""
     found = [*BENCH.glob("*.json"), *(BENCH / "gpu").glob("*.json")]
-    cards = sorted({path.stem for path in found} - {"cpu"})
+    cards = sorted({path.stem for path in found} - {"cpu", "toy"})  # toy: bench.gpu tried at toy sizes
     page = "[docs/gpu.md](docs/gpu.md)"
     gpu = f"More than one GPU; one was ({', '.join(cards)}): {page}" if cards else f"Any GPU; what is known: {page}"
     meld = " (its words alone were)" * (FIGURES / "meld-metrics.json").exists()
