@@ -85,7 +85,7 @@ CONFIGS = {
     "iemocap": Config(768, 1e-5, 4, TEN, stage2_lr=1e-4, stage2_batch=16, stage2_epochs=30, alpha=0.7, beta=0.8),
     "meld": Config(768, 1e-5, 4, TEN, stage2_lr=1e-4, stage2_batch=16, stage2_epochs=30, alpha=0.01, beta=0.09),
     # Small encoders with random weights learn faster and for longer than pretrained ones are tuned.
-    "demo": Config(64, 1.5e-3, 16, {"text": 4, "audio": 8, "video": 12}, stage2_lr=1e-3),
+    "demo": Config(64, 1.5e-3, 16, {"text": 4, "audio": 6, "video": 12}, stage2_lr=1e-3),
 }
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TABLE_NAMES = {"text": "T", "audio": "A", "video": "V", "audio_kd": "A_KD", "video_kd": "V_KD"}  # Table 3's
