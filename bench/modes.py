@@ -10,12 +10,11 @@ Not here: what is measured (grid.py), and how (measure.py).
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.gpu_stage2 import padded
 from bench.measure import Flops, magt_flops
 from data import Batch
 from fusion import MAGT, Block, FusionConfig
@@ -50,16 +49,7 @@ class PaddedBlock(Block):
         """As Block.attend: [N, D] each -> [N, D]. Errors: ValueError for a past or a causal model."""
         if self.causal or kept is not None:
             raise ValueError("attention on padded batches has no causal form here")
-        B, U = len(lengths), max(lengths)
-        cells, mask = padding(tuple(lengths), q.device)
-
-        def pad(x: Tensor) -> Tensor:  # [N, D] -> [B, heads, U, D / heads]
-            return x.new_zeros(B * U, x.shape[1]).index_copy(0, cells, x).view(B, U, self.heads, -1).transpose(1, 2)
-
-        if readable is not None:
-            mask = torch.zeros_like(mask).flatten().index_copy(0, cells, readable).view(B, U)
-        answer = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask[:, None, None, :])
-        return answer.transpose(1, 2).reshape(B * U, -1).index_select(0, cells)
+        return padded(self, q, k, v, lengths, readable, kept)
 
 
 class PaddedMAGT(MAGT):
@@ -70,16 +60,6 @@ class PaddedMAGT(MAGT):
         for anchor in self.anchor.values():
             for source in anchor.block:
                 anchor.block[source] = PaddedBlock(config)
-
-
-@lru_cache(maxsize=1)  # once per batch, for all its blocks
-@torch.inference_mode(False)  # a prediction must not leave tensors that training cannot use
-def padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the utterances lie in a padded batch: their indices in [B * U] flattened, [N]; and the mask [B, U]."""
-    U = max(lengths)
-    cells = [b * U + i for b, length in enumerate(lengths) for i in range(length)]
-    mask = [[i < length for i in range(U)] for length in lengths]
-    return torch.tensor(cells, device=device), torch.tensor(mask, device=device)
 
 
 def padded_flops(config: FusionConfig, lengths: list[int]) -> Flops:
