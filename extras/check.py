@@ -3,6 +3,7 @@
 Not here: reading the corpora (data.py), decoding (encoders.py).
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def print_needs(corpus: Corpus, config: Config, folder: Path, wanted: list[str])
         frames = video_shape(config.video_model)
     store = MediaStore(folder, (), *frames)
     need = sum(store.bytes_for(u, m) for u in everyone for m in wanted)
-    free = shutil.disk_usage(next(p for p in folder.resolve().parents if p.exists())).free
+    free = shutil.disk_usage(next(p for p in Path(os.path.realpath(folder)).parents if p.exists())).free
     print(f"  disk for decoded media: {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free")
     if "audio" in wanted:
         seconds = sum(4.0 if u.end is None else min(u.end - u.start, MAX_SECONDS) for u in everyone)

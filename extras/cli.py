@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         begun["features"] = digest(files)
         file = read_pickles(args.features) if args.features.is_dir() else read_features(args.features)
     elif args.corpus != "demo":
-        begun["root"] = str(args.root.resolve())
+        begun["root"] = os.path.realpath(args.root)
         corpus = read_corpus(args, config)
     folder = runs.open_run(args.out, begun, args.fresh)
     folder.note_device(args.device)

@@ -150,9 +150,9 @@ def check_paths(out: Path, inputs: dict[str, Path | None]) -> None:
 
     inputs: by the name of their option.
     """
-    folder = out.resolve()
+    folder = Path(os.path.realpath(out))  # Path.resolve raises on links that lead to themselves
     for option, path in inputs.items():
-        if path is not None and (path := path.resolve()).exists():
+        if path is not None and (path := Path(os.path.realpath(path))).exists():
             if path == folder or path in folder.parents or folder in path.parents:
                 how = "is" if path == folder else "lies in" if path in folder.parents else "holds"
                 raise InputError(f"--out {out} {how} {option} {path}, which this run only reads; give another --out")

@@ -276,7 +276,7 @@ def check_out(out: Path, conversation: Conversation, source: Path, run: Path) ->
     if out.is_dir() or os.path.realpath(out) in {os.path.realpath(path) for path in read}:
         what = "a folder" if out.is_dir() else "read for these answers"
         raise InputError(f"{out}: is {what}; give another file with --out")
-    if run.resolve() in out.resolve().parents:
+    if Path(os.path.realpath(run)) in Path(os.path.realpath(out)).parents:
         raise InputError(f"{out}: lies in the run's folder, where only the run writes; give another file with --out")
 
 

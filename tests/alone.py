@@ -1,6 +1,6 @@
 """losses.py and fusion.py, copied out: a check that needs torch and nothing else. In a folder with both files:
 
-python alone.py losses        # says ok, or fails. Tried: torch 2.5.0 both; 2.4.0 losses alone
+python alone.py losses        # says ok, or fails. Tried: torch 2.5.0 both; 2.4.0 and 1.13.1 losses alone
 python alone.py fusion
 """
 

@@ -188,6 +188,15 @@ def test_all_files_of_a_run_are_known(finished):
     assert [p.name for p in unknown] == [".lock"]
 
 
+@pytest.mark.parametrize("option", ["--features", "--root", "--out"])
+def test_a_link_to_itself(refused, features, tmp_path, option):
+    (tmp_path / "loop").symlink_to("loop")
+    options = {"--features": features, "--out": tmp_path / "run"} | {option: tmp_path / "loop"}
+    if option == "--root":
+        del options["--features"]
+    assert "loop" in refused("iemocap", *(x for pair in options.items() for x in pair), *SHORT)
+
+
 # 2. A second start
 
 
