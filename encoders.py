@@ -352,8 +352,10 @@ class VideoEncoder(Encoder):
         video_shape(checkpoint)  # refuses what is no video model
         processor = load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
         super().__init__(checkpoint, "--video-model", num_classes, width)
-        self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
+        colours = [processor.image_mean, processor.image_std]
+        mean, std = load(lambda _: torch.tensor(colours).float().view(2, 3, 1, 1), checkpoint, "--video-model")
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
         pixels = torch.stack(examples).to(self.device)  # uint8 still: a quarter of the bytes on their way to the GPU

@@ -169,7 +169,7 @@ def spoil_array(draw: random.Random, x: np.ndarray) -> np.ndarray:
     elif what == 4:
         x = np.roll(x, 1, axis=0) if x.ndim else x
     elif what == 5:
-        x = x[..., :0]
+        x = x[..., :0] if x.ndim else x
     elif what == 6 and x.dtype.kind == "f":
         x = x * draw.choice([0, 1e30, 1e6, np.nan, np.inf])
     else:

@@ -359,6 +359,15 @@ def test_no_network_and_nothing_cached(monkeypatch):
         video_shape("no-such/model")
 
 
+@pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", None, [[0.5] * 3] * 2, ["a", "b", "c"]])
+def test_a_processor_with_other_colours(tiny, tmp_path, mean):
+    folder = shutil.copytree(tiny["video"], tmp_path / "video")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": mean}))
+    with pytest.raises(InputError, match="cannot load"):
+        ENCODERS["video"](str(folder), 3, 16)
+
+
 @pytest.mark.parametrize("modality, lost", [("text", "config.json"), ("audio", "preprocessor_config.json")])
 def test_a_folder_that_is_not_whole(tiny, tmp_path, modality, lost):
     other = shutil.copytree(tiny[modality], tmp_path / modality)
