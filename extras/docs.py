@@ -64,6 +64,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed-stage2": measured.speed_stage2,
     "speed-padding": measured.speed_padding,
     "speed-where": measured.speed_where,
+    "own-row": measured.own_row,
     "never": measured.never_measured,
     "hostile": measured.hostile_text,
     "losses": measured.losses_table,
