@@ -397,6 +397,9 @@ def load_backbone(checkpoint: str, option: str) -> nn.Module:
     model, info = load(transformers.AutoModel.from_pretrained, checkpoint, option, **options)
     if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # transformers would go on, with random weights
         raise InputError(f"{option} {checkpoint}: these are not the weights of a {type(model).__name__}")
+    shares = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float | int)}
+    if bad := [f"{name} {x}" for name, x in shares.items() if not 0 <= x <= 1]:
+        raise InputError(f"{option} {checkpoint}: its config.json has {', '.join(bad)}; a share is from 0 to 1")
     if hasattr(model, "pooler"):
         model.pooler = None  # not used here, and often not in the checkpoint
     return model

@@ -359,6 +359,15 @@ def test_no_network_and_nothing_cached(monkeypatch):
         video_shape("no-such/model")
 
 
+@pytest.mark.parametrize("share", [-1, 2, float("nan")])
+def test_a_dropout_that_is_no_share(tiny, tmp_path, share):
+    folder = shutil.copytree(tiny["audio"], tmp_path / "audio")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": share}))
+    with pytest.raises(InputError, match="cannot load|attention_dropout"):
+        ENCODERS["audio"](str(folder), 3, 16)
+
+
 @pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", None, [[0.5] * 3] * 2, ["a", "b", "c"]])
 def test_a_processor_with_other_colours(tiny, tmp_path, mean):
     folder = shutil.copytree(tiny["video"], tmp_path / "video")
