@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from bench import lengths
+from bench.gpu_encoders import ROBERTA_LARGE
 from bench.measure import SEED, Flops, magt_flops, mult_flops
 from bench.mult import MulT, MulTConfig
 from data import MODALITIES, Batch
@@ -171,16 +172,6 @@ CORPORA = {
 
 # The encoders of stage 1, at their published sizes
 
-ROBERTA_LARGE = {
-    "vocab_size": 50265,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-}
 ENCODERS = {  # name: (how to build it with random weights, shape of one utterance's input)
     "RoBERTa-large, 256 tokens": (
         lambda: transformers.RobertaModel(transformers.RobertaConfig(**ROBERTA_LARGE), add_pooling_layer=False),

@@ -31,6 +31,7 @@ from extras.anatomy_page import BIASED, figure, fill, section, table
 from extras.context import Context
 from extras.experiments import MADE_UP, Study, compare, mean_gates, summary
 from extras.own_utterance import OWN, OwnMAGT, own_magt
+from extras.released import swap_anchors
 from extras.report import machine
 from extras.runs import read_json
 from fusion import MAGT, Anchor, Concat, FusionConfig, read_inputs
@@ -65,12 +66,7 @@ class OtherAnchor(Anchor):
 
 
 def with_anchors(anchor: type[Anchor]) -> Callable[[FusionConfig], MAGT]:
-    def make(config: FusionConfig) -> MAGT:
-        model = MAGT(config)
-        model.anchor = nn.ModuleDict({m: anchor(config, m) for m in config.widths})
-        return model
-
-    return make
+    return lambda config: swap_anchors(MAGT(config), anchor)
 
 
 class NoPositions(MAGT):
@@ -106,9 +102,16 @@ def cells(kinds: tuple[str, ...]) -> list[Cell]:
     """All trainings of the study, in the table's order. kinds: of features, text first."""
     sets = [kinds[: n + 1] for n in range(len(kinds))]
     table = [Cell(name, s, make) for s in sets for name, make in MODELS.items() if len(s) > 1 or name != BIASED]
-    parts = {"no gates": with_anchors(OpenAnchor), "no distillation": MAGT, "no positions": NoPositions}
+    parts = {
+        "no gates": with_anchors(OpenAnchor),
+        "no distillation": MAGT,
+        "no positions": NoPositions,
+    }
     if len(kinds) > 1:
-        parts |= {"no self streams": with_anchors(OtherAnchor), "own row, from 0": own_magt(0.0)}
+        parts |= {
+            "no self streams": with_anchors(OtherAnchor),
+            "own row, from 0": own_magt(0.0),
+        }
     return table + [Cell(f"MAGT, {name}", kinds, make, name != "no distillation") for name, make in parts.items()]
 
 

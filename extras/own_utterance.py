@@ -48,9 +48,8 @@ class OwnBlock(Block):
             may_read = may_read & readable
         # A row of -inf alone gives NaN. An utterance that may read nothing reads all, and then the answer is set to 0.
         reads = may_read.any(dim=1, keepdim=True)  # [U, 1]
-        scores = (self.own[:, None, None] * (row == own_row)).masked_fill(
-            ~may_read & reads, -torch.inf
-        )  # [heads, U, T]
+        scores = self.own[:, None, None] * (row == own_row)  # [heads, U, T]
+        scores = scores.masked_fill(~may_read & reads, -torch.inf)
         answer = F.scaled_dot_product_attention(q, k, v, scores[None].to(q.dtype))
         return answer[0].masked_fill(~reads, 0.0).transpose(0, 1).flatten(1)
 

@@ -42,10 +42,23 @@ class ReleasedAnchor(Anchor):
         return (F.relu(gate) if self.relu_gate else gate).sigmoid()
 
 
+def swap_anchors(model: MAGT, anchor: type[Anchor]) -> MAGT:
+    """The model with anchors of another class, which begin with MAGT's weights wherever name and shape agree.
+
+    Trained with one seed, it then differs from MAGT by its class and not by the luck of another draw.
+    """
+    drawn = model.anchor.state_dict()
+    model.anchor = nn.ModuleDict({m: anchor(model.config, m) for m in model.config.widths})
+    shapes = {name: x.shape for name, x in model.anchor.state_dict().items()}
+    kept = {name: x for name, x in drawn.items() if shapes.get(name) == x.shape}
+    model.anchor.load_state_dict(kept, strict=False)
+    return model
+
+
 class ReleasedMAGT(MAGT):
     def __init__(self, config: ReleasedConfig):
         super().__init__(config)
-        self.anchor = nn.ModuleDict({m: ReleasedAnchor(config, m) for m in config.widths})
+        swap_anchors(self, ReleasedAnchor)
 
     def forward(self, features, speakers, lengths, present=None, past=None) -> FusionOutput:
         """See MAGT.forward."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from extras.anatomy import OpenAnchor, OtherAnchor
 from extras.context import Context
-from extras.released import RELEASED, Differences, ReleasedAnchor, ReleasedConfig
+from extras.released import RELEASED, Differences, ReleasedAnchor, ReleasedConfig, swap_anchors
 from fusion import MAGT, TEXT, Anchor, Block, Concat, Dropout, FusionConfig, Past, sinusoidal_positions
 
 WIDTHS = {"text": 32, "audio": 20, "video": 32}
@@ -396,6 +397,18 @@ def test_with_every_switch_off_released_is_the_paper():
     present = here_and_there([6, 3])
     for m, x in ours(*inputs, present).logits.items():
         assert torch.equal(x, theirs(*inputs, present).logits[m])
+
+
+@pytest.mark.parametrize("anchor", [ReleasedAnchor, OpenAnchor, OtherAnchor])
+def test_other_anchors_begin_with_magts_weights(anchor):
+    """So that a row of a table differs from MAGT's by what it changes, and not by another draw."""
+    config = ReleasedConfig(WIDTHS, 4, 3, 32, 4)
+    torch.manual_seed(0)
+    drawn = MAGT(config).state_dict()
+    torch.manual_seed(0)
+    found = swap_anchors(MAGT(config), anchor).state_dict()
+    new = [name for name, x in found.items() if name not in drawn or not torch.equal(x, drawn[name])]
+    assert all("merge" in name for name in new) and bool(new) == (anchor is OtherAnchor)  # it merges fewer streams
 
 
 def test_positions_equal_the_formula():
