@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import magtkd  # noqa: E402
 from extras import demo  # noqa: E402
 from extras.tiny import save_tiny  # noqa: E402
 
@@ -38,3 +39,21 @@ def copy_of(tmp_path):
 def tiny(tmp_path_factory):
     """Checkpoints with random weights, by modality."""
     return save_tiny(tmp_path_factory.mktemp("tiny"), ["I am so happy today", "this is a terrible day", "well, yes"])
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command line, which must refuse: returns its line."""
+
+    def run(*options):
+        try:
+            code = magtkd.main([str(x) for x in options])
+        except SystemExit as e:
+            code = e.code
+        error = capsys.readouterr().err
+        assert code == 2 and "Traceback" not in error, error
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("magtkd"), error
+        return line
+
+    return run

@@ -33,24 +33,6 @@ def snapshot(folder):
     return found
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs the command line, which must refuse: returns its line."""
-
-    def run(*options):
-        try:
-            code = magtkd.main([str(x) for x in options])
-        except SystemExit as e:
-            code = e.code
-        error = capsys.readouterr().err
-        assert code == 2 and "Traceback" not in error, error
-        line = error.strip().splitlines()[-1]
-        assert line.startswith("magtkd"), error
-        return line
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A corpus of seconds, in IEMOCAP's layout."""

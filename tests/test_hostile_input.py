@@ -40,22 +40,6 @@ def small_meld(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs the command line, which must refuse within seconds and leave no run: returns its line."""
-
-    def run(*options):
-        try:
-            code = magtkd.main([str(x) for x in options])
-        except SystemExit as e:
-            code = e.code
-        error = capsys.readouterr().err
-        assert code == 2 and "Traceback" not in error, error
-        return error.strip().splitlines()[-1]
-
-    return run
-
-
 # Options
 
 COUNTS = ["0", "-1", "1.5", "nan", "1e3", "", "x", "9" * 30]
