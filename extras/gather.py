@@ -77,7 +77,7 @@ def take(name: str, run: Path, figures: Path = FIGURES) -> None:
         write("meld-words", against_words(run), figures)
     if name not in CONVERSATIONS:
         return
-    for figure in sorted((run / "figures").glob("*.png")):
+    for figure in sorted({*(run / "figures").glob("*.png")} - {run / "figures" / "anatomy.png"}):  # anatomy.py draws it
         shutil.copy(figure, figures / f"{name}-{figure.name}")
     for page in ("presets", "sweep"):
         if (run / f"{page}.md").exists():
