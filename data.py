@@ -1,116 +1,142 @@
-"""Data: IEMOCAP and MELD on disk, the feature file, and conversations as rows.
+"""Data: corpora on disk, the feature file, conversations as rows, scores, and files that are written atomically.
 
-`read_iemocap` and `read_meld` turn a user's own copy into a Corpus: conversations of utterances, in the order of
-speaking, with paths to sound and pictures (section 4.1 of the paper). What is odd but bearable about the copy is
-counted in `Corpus.notes`, which the report shows; what would make the results incomparable is an InputError.
+`read_iemocap`, `read_meld` and `read_csv` turn a user's own copy into a Corpus: conversations of utterances in the
+order of speaking, with the paths of their audio and video (section 4.1 of the paper). Recoverable irregularities are
+counted in `Corpus.notes`, which the report shows; what would make results incomparable is an InputError.
 
-`FeatureFile` is what lies between the stages: one feature (a vector) per
-utterance and encoder. `Conversations` hands it out in batches, as rows without padding.
-
-Not here: what becomes of words, sound and pictures (encoders.py).
+`FeatureFile` is the interface between the two stages: one feature (a vector) per utterance and feature kind, from an
+encoder of stage 1 or from another program. `Conversations` hands it out in batches, as rows without padding.
 """
 
 import csv
-import errno
+import dataclasses
+import hashlib
 import io
 import json
 import os
 import random
 import re
+import secrets
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 SPLITS = ("train", "dev", "test")
 MODALITIES = ("text", "audio", "video")
 KINDS = ("text", "audio", "video", "audio_kd", "video_kd")  # of features; _kd: from an encoder distilled from text
+MOST_CLASSES = 100  # a confusion matrix of more cannot be read
 
 
 class InputError(Exception):
-    """The user's input cannot be used; the message says what, where, and what to do. Exit code 2."""
+    """The user's input cannot be used. The message says what, where, and what to do. Exit code 2."""
 
 
 class MediaError(Exception):
-    """One file cannot be decoded; the message says why. The run goes on without it."""
+    """One media file cannot be decoded. The message says why; the run continues without it."""
+
+
+def scores(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
+    """Accuracy, weighted and macro F1 in percent. A class that is neither a label nor predicted is left out."""
+    return {
+        "accuracy": 100 * accuracy_score(labels, predictions),
+        "weighted_f1": 100 * f1_score(labels, predictions, average="weighted", zero_division=0),
+        "macro_f1": 100 * f1_score(labels, predictions, average="macro", zero_division=0),
+    }
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of SHA-256 over strings, bytes, tensors (dtype, shape, content) and whatever JSON can represent."""
+
+    def hashed(part: Tensor | bytes) -> list:
+        if isinstance(part, bytes):
+            return ["bytes", hashlib.sha256(part).hexdigest()]
+        content = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return [str(part.dtype), list(part.shape), hashlib.sha256(content).hexdigest()]
+
+    text = json.dumps(parts, sort_keys=True, default=hashed)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Writing and reading files
+
+TEMPORARY = ".magtkd-"  # the names of all temporary files and folders begin with it
+
+
+def check_target(path: Path) -> None:
+    """Call it before long work: `path` must be a regular file, or a new name in a folder. Errors: InputError."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise InputError(f"{path}: is a folder, a link, a pipe or a device, not a regular file; give another name")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file under a temporary name, then moves it: there is never half a file under its name."""
-    part = Path(f"{path}.part")
+    """Atomic write: `write(temporary path in the same folder)`, then rename. The temporary name ends with path's name.
+
+    `write` should do nothing but write: its OSError and torch's RuntimeError are taken for a full disk or missing
+    rights. Errors: InputError, for these and for what `check_target` refuses; the old file is then unchanged.
+    """
+    check_target(path)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
-        write(part)
-        os.replace(part, path)
-    except (RuntimeError, SafetensorError) as e:  # a full disk, in torch's and safetensors' words
-        raise InputError(f"{path}: cannot be written ({e}); is the disk full? What is whole stays") from e
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or f"{str(e).partition(chr(10))[0]}; is the disk full?"
+        raise InputError(f"{path}: cannot be written ({reason}). What is complete is kept") from e
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def save_state(path: Path, parts: dict[str, Any], history: list[dict], best: dict) -> None:
-    """parts: whatever has a state_dict: model, optimizer, schedule, scaler. The old file stays until this is whole."""
-    state = {"parts": {name: part.state_dict() for name, part in parts.items()}, "history": history, "best": best}
-    replace_file(path, lambda part: torch.save(state, part))
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that a killed process left in `folder`. Only for the folder's owner."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
-def load_state(path: Path, parts: dict[str, Any]) -> tuple[list[dict], dict] | None:
-    """Puts the parts into the state that `save_state` kept. Returns (history, best), or None if nothing was kept."""
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        return list(state["history"]), dict(state["best"])
-    except Exception as e:  # a damaged file makes torch raise nearly anything
-        raise InputError(f"{path}: not a checkpoint of this model; delete it, or start again with --fresh") from e
+def append_line(path: Path, text: str) -> None:
+    """Appends a line to a log in UTF-8. Errors: InputError."""
+    check_target(path)
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
+        f.write(text + "\n")
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, or else in Windows' cp1252. Errors: InputError for one that is no text."""
+    """A text file in UTF-8, its line ends as "\\n". Errors: InputError."""
     try:
-        if not Path(path).is_file():
-            raise FileNotFoundError(errno.ENOENT, "no such file")
-        content = Path(path).read_bytes()
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-    if "\0" in text:
-        raise InputError(f"{path}: no text in UTF-8 (it has bytes of 0; UTF-16?); save it as UTF-8")
-    return text
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not in UTF-8; open the file in an editor and save it as UTF-8") from e
 
 
-def read_table(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
-    """A csv, its cells between commas, semicolons or tabs: (names of the columns, [("path:line", row), ..]).
+# Characters that break tables, terminals and figures: control characters, line separators, halves of a character.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Some copies of MELD contain control characters instead of Windows' punctuation: 0x92 is an apostrophe in cp1252.
+PUNCTUATION = {code: bytes([code]).decode("cp1252") for code in (0x85, *range(0x91, 0x98))}
 
-    The case of the columns' names is that of `wanted`. Errors: InputError for a torn row or an unclosed quote.
-    """
-    text, rows = read_text(path), []
-    head = text.lstrip().partition("\n")[0]
-    lines = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    known = {name.lower(): name for name in wanted}
-    try:
-        columns = [known.get(name.strip().lower(), name.strip()) for name in next(lines, [])]
-        if twice := [name for name, n in Counter(columns).items() if n > 1 and name in wanted]:
-            raise InputError(f"{path}: two columns are called {twice[0]}")
-        for cells in lines:
-            where = f"{path}:{lines.line_num}"
-            if cells and len(cells) != len(columns):
-                more = "more" if len(cells) > len(columns) else "fewer"
-                raise InputError(f"{where}: torn row, {more} fields than columns; text with a comma wants quotes")
-            rows += [(where, dict(zip(columns, cells)))] if cells else []
-    except csv.Error as e:
-        raise InputError(f"{path}:{lines.line_num}: torn row ({e}); look for a quote that is not closed") from e
-    return columns, rows
+
+def _name(cell: str, where: str, column: str) -> str:
+    """A name in Unicode's composed form (NFC), so that its two spellings are one name. Errors: InputError."""
+    name = unicodedata.normalize("NFC", cell.translate(PUNCTUATION).strip())
+    if not name:
+        raise InputError(f"{where}: no {column}")
+    if UNPRINTABLE.search(name):
+        raise InputError(f"{where}: control character in the {column} {name[:60]!r}; remove it")
+    return name
 
 
 @dataclass(frozen=True)
@@ -118,11 +144,12 @@ class Utterance:
     id: str  # unique in the corpus
     speaker: str
     text: str
-    label: int  # index into Corpus.label_names
+    label: int  # index into Corpus.label_names; -1: none
     audio: Path | None  # a file of any container; None: missing
     video: Path | None
-    start: float | None = None  # where the utterance lies in the video file, in seconds; None: all of the file
-    end: float | None = None
+    start: float | None = None  # of the utterance in these files, in seconds; None: from the beginning
+    end: float | None = None  # None: to the end
+    audio_is_cut: bool = False  # the audio file holds this utterance only, whatever start and end say
 
 
 @dataclass(frozen=True)
@@ -136,7 +163,7 @@ class Corpus:
     name: str
     label_names: tuple[str, ...]
     splits: dict[str, tuple[Conversation, ...]]  # train, dev, test
-    notes: tuple[str, ...]  # what is odd about this copy, for the report
+    notes: tuple[str, ...]  # sizes and irregularities of this copy, for the report
 
     def utterances(self, *splits: str) -> list[Utterance]:
         """Of these splits, or of all."""
@@ -146,29 +173,24 @@ class Corpus:
 # IEMOCAP
 
 IEMOCAP_LABELS = {"ang": "angry", "exc": "excited", "fru": "frustrated", "hap": "happy", "neu": "neutral", "sad": "sad"}
-IEMOCAP_DROPPED = set("xxx sur fea dis oth".split())  # no agreement, or too rare: in nobody's 6-class setting
-TURN_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\t(Ses\w+)\t(\w+)\t\[.*\]")
-WORDS_LINE = re.compile(r"(Ses\w+) \[(\d+\.\d+)-(\d+\.\d+)\]:\s*(.*)")
+IEMOCAP_DROPPED = ("xxx", "sur", "fea", "dis", "oth")  # no agreement, or too rare: not in the 6-class setting
+TURN_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\t(Ses\w+_[FM]\w{3})\t(\w+)\t\[.*\]")
+TEXT_LINE = re.compile(r"(Ses\w+) \[(\d+\.\d+)-(\d+\.\d+)\]:\s*(.*)")
 
 
 def read_iemocap(root: Path, seed: int = 0) -> Corpus:
     """Reads IEMOCAP_full_release: sessions 1-4 are train and dev (9:1 of the conversations, by `seed`), 5 is test.
 
     Speakers are named by their order in the conversation ("first", "second"): the ten actors never cross the splits.
-    Errors: InputError for no corpus, a session or a label file missing, a torn line, an unknown emotion.
+    Errors: InputError for no corpus, a missing session or label file, a malformed line, an unknown emotion.
     """
     root = Path(root)
     sessions = [root / f"Session{i}" for i in range(1, 6)]
-    if not any(s.is_dir() for s in sessions):
+    if missing := [s.name for s in sessions if not s.is_dir()]:
         raise InputError(
-            f"no IEMOCAP at {root}: looked for Session1 .. Session5 in it. The corpus is free for research: ask for it "
-            "at https://sail.usc.edu/iemocap, unpack it, and give the folder IEMOCAP_full_release with --root. "
-            "`bash run.sh demo` needs no corpus."
-        )
-    if lacking := [s.name for s in sessions if not s.is_dir()]:
-        raise InputError(
-            f"IEMOCAP at {root} is incomplete: {len(lacking)} of 5 sessions missing ({', '.join(lacking)}). "
-            "Sessions 1-4 are train and dev, 5 is test; unpack the missing ones."
+            f"no complete IEMOCAP at {root}: {', '.join(missing)} missing. The corpus is free for research: ask for it "
+            "at https://sail.usc.edu/iemocap, unpack it, and give the folder IEMOCAP_full_release, with all five "
+            "sessions in it, with --root. `bash run.sh demo` needs no corpus."
         )
     counts: Counter[str] = Counter()
     by_session = [_read_session(session, counts) for session in sessions]
@@ -177,65 +199,55 @@ def read_iemocap(root: Path, seed: int = 0) -> Corpus:
     n_dev = max(1, round(len(train) / 10))
     splits = {"train": train[n_dev:], "dev": train[:n_dev], "test": by_session[4]}
     by_id = {split: tuple(sorted(conversations, key=lambda c: c.id)) for split, conversations in splits.items()}
-    if empty := [split for split, conversations in by_id.items() if not conversations]:
-        raise InputError(f"IEMOCAP at {root} has no utterance with one of the six emotions for {', '.join(empty)}")
-    ids = Counter(u.id for conversations in by_id.values() for c in conversations for u in c.utterances)
-    if twice := [turn for turn, n in ids.items() if n > 1]:
-        raise InputError(f"IEMOCAP at {root}: turns labelled twice: {_some(twice)}; unpack the label files again")
     return Corpus("IEMOCAP", tuple(IEMOCAP_LABELS), by_id, _notes(counts, by_id))
 
 
 def _read_session(session: Path, counts: Counter) -> list[Conversation]:
     labels = _files(session / "dialog/EmoEvaluation", "*.txt")
-    words = {p.name: p for p in _files(session / "dialog/transcriptions", "*.txt")}
-    if lacking := sorted(words.keys() ^ {p.name for p in labels}):
+    transcripts = {p.name: p for p in _files(session / "dialog/transcriptions", "*.txt")}
+    unpaired = sorted(transcripts.keys() ^ {p.name for p in labels})
+    if unpaired or not labels:
         raise InputError(
-            f"{session / 'dialog'}: {len(lacking)} conversations have a file in only one of EmoEvaluation (labels) and "
-            f"transcriptions (words): {_some(lacking)}. Unpack the session again."
+            f"{session / 'dialog'}: each conversation needs a file in EmoEvaluation (labels) and in transcriptions "
+            f"(text); {len(unpaired)} are in only one of them ({', '.join(unpaired[:3])}). Unpack the session again."
         )
-    if not labels:
-        raise InputError(f"{session / 'dialog/EmoEvaluation'}: no label files (Ses*.txt). Unpack the session again.")
     videos = {p.stem: p for folder in ("DivX", "Divx") for p in _files(session / "dialog/avi" / folder, "*.avi")}
-    conversations = [_read_dialogue(session, p, words[p.name], videos.get(p.stem), counts) for p in labels]
+    conversations = [_read_iemocap(session, p, transcripts[p.name], videos.get(p.stem), counts) for p in labels]
     return [c for c in conversations if c.utterances]
 
 
-def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None, counts: Counter) -> Conversation:
-    said = [(m[1], m[4].strip()) for line in _lines(words) if (m := WORDS_LINE.match(line))]
-    text = dict(reversed(said))
-    counts["turns a second time in a transcript, ignored"] += len(said) - len(text)
+def _read_iemocap(session: Path, labels: Path, transcript: Path, video: Path | None, counts: Counter) -> Conversation:
+    matches = [m for line in read_text(transcript).split("\n") if (m := TEXT_LINE.match(line))]
+    text = {m[1]: m[4].strip() for m in matches}
     labelled, turns = set(), []
-    for number, line in enumerate(_lines(labels), 1):
+    for number, line in enumerate(read_text(labels).split("\n"), 1):
         if not line.startswith("["):
             continue  # the header and the annotators' own lines
-        if not (m := TURN_LINE.fullmatch(line.rstrip())):
-            raise InputError(f"{labels}:{number}: torn line {line[:60]!r}; unpack this file again")
-        start, end, turn, emotion = float(m[1]), float(m[2]), m[3], m[4]
-        if turn[-4:-3] not in ("F", "M"):
-            raise InputError(f"{labels}:{number}: the speaker of {turn!r} is neither F nor M; unpack this file again")
+        m = TURN_LINE.fullmatch(line.rstrip())
+        if not m or m[3] in labelled:
+            raise InputError(f"{labels}:{number}: malformed line or turn labelled twice, {line!r}; unpack it again")
+        start, end, turn, emotion = m.groups()
         labelled.add(turn)
         if emotion in IEMOCAP_DROPPED:
             counts["turns labelled xxx, sur, fea, dis or oth, dropped"] += 1
         elif emotion not in IEMOCAP_LABELS:
-            known = ", ".join(sorted(IEMOCAP_LABELS.keys() | IEMOCAP_DROPPED))
+            known = ", ".join((*IEMOCAP_LABELS, *IEMOCAP_DROPPED))
             raise InputError(f"{labels}:{number}: unknown emotion {emotion!r}; IEMOCAP has {known}")
         elif not text.get(turn):
-            counts["labelled turns without words in the transcript, dropped"] += 1
+            counts["labelled turns without text in the transcript, dropped"] += 1
         else:
-            turns.append((start, end, turn, list(IEMOCAP_LABELS).index(emotion)))
+            turns.append((float(start), float(end), turn, list(IEMOCAP_LABELS).index(emotion)))
     unlabelled = {turn for turn in text.keys() - labelled if "XX" not in turn}  # XX: noises between turns
     counts["transcribed turns without a label, dropped"] += len(unlabelled)
 
-    sounds = {p.stem: p for p in _files(session / "sentences/wav" / labels.stem, "*.wav")}
+    wavs = {p.stem: p for p in _files(session / "sentences/wav" / labels.stem, "*.wav")}
     turns.sort()  # the file may be grouped by name
-    order = list(dict.fromkeys(turn[-4] for _, _, turn, _ in turns))  # "F" or "M"; the session's letter is another
+    letters = dict.fromkeys(turn[-4] for _, _, turn, _ in turns)  # "F" or "M"; the session's letter is another
+    speakers = dict(zip(letters, ("first", "second")))
     utterances = []
     for start, end, turn, label in turns:
-        audio = sounds.get(turn)
-        counts["utterances without a sound file"] += audio is None
-        counts["utterances without a video file"] += video is None
-        speaker = ("first", "second")[order.index(turn[-4])]
-        utterances.append(Utterance(turn, speaker, text[turn], label, audio, video, start, end))
+        speaker, audio = speakers[turn[-4]], wavs.get(turn)
+        utterances.append(Utterance(turn, speaker, text[turn], label, audio, video, start, end, audio_is_cut=True))
     return Conversation(labels.stem, tuple(utterances))
 
 
@@ -243,67 +255,46 @@ def _read_dialogue(session: Path, labels: Path, words: Path, video: Path | None,
 
 MELD_LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
 MELD_CLIPS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
-MELD_COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
-# Some copies hold control characters where Windows punctuation was meant: 0x92 is an apostrophe in cp1252.
-PUNCTUATION = {code: bytes([code]).decode("cp1252") for code in (0x85, *range(0x91, 0x98))}
 
 
 def read_meld(root: Path) -> Corpus:
-    """Reads MELD.Raw, its csv and clips in `root` itself or in its folders train/, dev/ and test/.
+    """Reads MELD.Raw, its csv files and clips in `root` itself or in its folders train/, dev/ and test/.
 
-    Conversations are "train_dia0" and so on (ids restart in each split), speakers bear their names.
-    Errors: InputError for no corpus, a csv missing, a torn row, an unknown emotion, two rows of one id.
+    Conversations are named "train_dia0" and so on (ids restart in each split), speakers by the names in the csv.
+    Errors: InputError for no corpus, a missing csv, a malformed row, an unknown emotion, two rows with one id.
     """
     root = Path(root)
     tables = {split: _find(root, split, f"{split}_sent_emo.csv") for split in SPLITS}
-    if lacking := [f"{split}_sent_emo.csv" for split, path in tables.items() if path is None]:
-        packed = (
-            " There is a .tar.gz in it: unpack it, and those inside it, first." if any(root.glob("*.tar.gz")) else ""
-        )
+    if missing := [f"{split}_sent_emo.csv" for split, path in tables.items() if path is None]:
         raise InputError(
             f"no complete MELD at {root}: looked there and in its folders train/, dev/ and test/ for "
-            f"{', '.join(lacking)}.{packed} Get MELD.Raw.tar.gz (10.9 GB) by the links of "
+            f"{', '.join(missing)}. Get MELD.Raw.tar.gz (10.9 GB) by the links of "
             "https://github.com/declare-lab/MELD, unpack it and the three archives inside, and give the folder with "
             "--root. `bash run.sh demo` needs no corpus."
         )
     counts: Counter[str] = Counter()
-    splits = {split: tuple(_read_split(root, split, tables[split], counts)) for split in SPLITS}
-    return Corpus("MELD", MELD_LABELS, splits, _notes(counts, splits))
+    rows = [row for split in SPLITS for row in _meld_rows(root, split, tables[split], counts)]
+    return _group("MELD", rows, MELD_LABELS, Path(), counts)
 
 
-def _read_split(root: Path, split: str, table: Path, counts: Counter) -> list[Conversation]:
-    folder = _find(root, split, MELD_CLIPS[split])
-    clips = {} if folder is None else {p.stem: p for p in _files(folder, "dia*.mp4")}
-    if folder is not None:  # corrected cuts of the test clips
-        corrected = {p.stem.removeprefix("final_videos_test"): p for p in _files(folder, "final_videos_testdia*.mp4")}
-        clips |= corrected
-    else:
-        counts[f"folders of clips missing ({split}: {MELD_CLIPS[split]})"] += 1
-    dialogues: dict[int, dict[int, Utterance]] = {}
-    columns, rows = read_table(table, MELD_COLUMNS)
-    if lacking := [c for c in MELD_COLUMNS if c not in columns]:
-        raise InputError(f"{table}: not MELD's table, the columns {', '.join(lacking)} are missing")
-    for where, row in rows:
-        if not re.fullmatch("[0-9]{1,9} [0-9]{1,9}", f"{row['Dialogue_ID']} {row['Utterance_ID']}"):
-            raise InputError(f"{where}: torn row {','.join(row.values())[:60]!r}; download it again")
-        if row["Emotion"] not in MELD_LABELS:
-            raise InputError(f"{where}: unknown emotion {row['Emotion']!r}; MELD has {', '.join(MELD_LABELS)}")
-        dialogue, number = int(row["Dialogue_ID"]), int(row["Utterance_ID"])
-        name = f"dia{dialogue}_utt{number}"
-        clip = clips.pop(name, None)
-        counts["utterances without a clip"] += clip is None
-        words = " ".join(row["Utterance"].translate(PUNCTUATION).split())
-        label = MELD_LABELS.index(row["Emotion"])
-        speaker = row["Speaker"].translate(PUNCTUATION).strip()
-        utterance = Utterance(f"{split}_{name}", speaker, words, label, clip, clip)
-        if number in dialogues.setdefault(dialogue, {}):
-            raise InputError(f"{where}: a second row for Dialogue_ID {dialogue}, Utterance_ID {number}")
-        dialogues[dialogue][number] = utterance
-    if not dialogues:
-        raise InputError(f"{table}: no rows; download it again")
+def _meld_rows(root: Path, split: str, table: Path, counts: Counter) -> list[tuple[str, dict[str, str]]]:
+    """The rows of one split in the order of speaking, with the columns of `read_csv`."""
+    folder = _find(root, split, MELD_CLIPS[split]) or root / MELD_CLIPS[split]  # no folder: no clips
+    clips = {p.stem: p for p in _files(folder, "dia*.mp4")}
+    # Corrected cuts of the test clips take the place of the wrong ones.
+    clips |= {p.stem.removeprefix("final_videos_test"): p for p in _files(folder, "final_videos_testdia*.mp4")}
+    rows = []
+    for where, row in read_table(table, ("conversation", "id", "speaker", "text", "label"))[0]:
+        if not re.fullmatch("[0-9]{1,9} [0-9]{1,9}", f"{row['conversation']} {row['id']}"):
+            raise InputError(f"{where}: malformed row {','.join(row.values())[:60]!r}; download it again")
+        conversation, number = int(row["conversation"]), int(row["id"])  # both have gaps
+        row |= {"split": split, "conversation": f"{split}_dia{conversation}", "id": f"utt{number}"}
+        row["text"] = " ".join(row["text"].translate(PUNCTUATION).split())
+        row["video"] = str(clips.pop(f"dia{conversation}_utt{number}", ""))
+        row["start"] = row["end"] = ""  # in the csv they are times of the episode, not of the clip
+        rows.append((conversation, number, where, row))
     counts["clips without a row in the csv, ignored"] += len(clips)
-    ordered = ((k, [v[i] for i in sorted(v)]) for k, v in sorted(dialogues.items()))  # ids have gaps: never range(n)
-    return [Conversation(f"{split}_dia{k}", tuple(utterances)) for k, utterances in ordered]
+    return [(where, row) for _, _, where, row in sorted(rows, key=lambda row: row[:2])]
 
 
 def _find(root: Path, split: str, name: str) -> Path | None:
@@ -317,48 +308,145 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return sorted(p for p in folder.glob(pattern) if not p.name.startswith(".") and p.is_file())
 
 
-def _lines(path: Path) -> list[str]:
-    """Ended by Windows', Unix' or old Macs' end of a line, and by none of Unicode's others."""
-    return re.split("\r\n|\r|\n", read_text(path))
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _notes(counts: Counter, splits: dict[str, tuple[Conversation, ...]]) -> tuple[str, ...]:
-    sizes = "/".join(str(len(splits[s])) for s in SPLITS)
-    utterances = "/".join(str(sum(len(c.utterances) for c in splits[s])) for s in SPLITS)
-    head = f"{sizes} conversations and {utterances} utterances (train/dev/test)"
-    return (head, *(f"{n} {what}" for what, n in sorted(counts.items()) if n))
+    utterances = {s: [u for c in splits[s] for u in c.utterances] for s in SPLITS}
+    for m in MODALITIES:
+        counts[f"utterances without {m}"] = sum(not getattr(u, m) for s in SPLITS for u in utterances[s])
+    n_conversations, n_utterances = ("/".join(str(len(x[s])) for s in SPLITS) for x in (splits, utterances))
+    sizes = f"{n_conversations} conversations and {n_utterances} utterances (train/dev/test)"
+    return (sizes, *(f"{n} {what}" for what, n in sorted(counts.items()) if n))
 
 
-# The feature file, and the encoders' answers that it is made of
+# Your own csv
+
+FIELDS = ("speaker", "text", "audio", "video", "start", "end")  # of a conversation to predict; two are required
+CSV_FIELDS = ("split", "conversation", "speaker", "text", "label")  # required of a corpus
+OTHER_NAMES = {"dialogue_id": "conversation", "utterance_id": "id", "utterance": "text", "emotion": "label"}  # MELD's
+OTHER_NAMES |= {"starttime": "start", "endtime": "end"}
+CSV_SPLITS = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
+TIME = re.compile(r"(?:(?:([0-9]+):)?([0-9]{1,2}):)?([0-9]+\.?[0-9]*(?:e-?[0-9]+)?)")  # [[hours:]minutes:]seconds
+
+
+def read_table(path: Path, required: tuple[str, ...]) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """A csv with commas, semicolons or tabs: ([("path:line", row), ..], the columns that no reader uses).
+
+    Capitals in names of columns do not matter, and MELD's names count as ours. Errors: InputError.
+    """
+    text, rows = read_text(path), []
+    first_line = text.lstrip("\n").partition("\n")[0]
+    lines = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first_line.count), strict=True)
+    try:
+        header = [name.strip().lower() for name in next(filter(None, lines), [])]  # a blank line has no cells
+        columns = [OTHER_NAMES.get(name, name) for name in header]
+        for cells in filter(None, lines):
+            where = f"{path}:{lines.line_num}"
+            if len(cells) != len(columns):
+                counts = f"{len(cells)} fields, but {len(columns)} columns"
+                raise InputError(f"{where}: {counts}; quote text that contains the delimiter")
+            rows.append((where, dict(zip(columns, cells))))
+    except csv.Error as e:
+        raise InputError(f"{path}:{lines.line_num}: malformed row ({e}); look for an unclosed quote") from e
+    if missing := [name for name in required if name not in columns]:
+        raise InputError(f"{path}: no column {' and '.join(missing)}; it has {', '.join(header) or 'none'}")
+    known = {*CSV_FIELDS, "id", *FIELDS}
+    if twice := sorted(name for name in known if columns.count(name) > 1):
+        raise InputError(f"{path}: two columns for the {twice[0]}; rename or remove one")
+    if not rows:
+        raise InputError(f"{path}: no utterances, only column names")
+    return rows, [name for name in columns if name not in known]
+
+
+def read_csv(path: Path) -> Corpus:
+    """Reads your own corpus from a csv: the columns CSV_FIELDS, and optionally id, audio, video, start and end.
+
+    Rows of a conversation are in the order of speaking; those of another may stand between them. An utterance is named
+    "<conversation>_<id>", without a column id "<conversation>_<its number, from 0>". Label names are sorted. See
+    `make_utterance` for the other columns. Errors: InputError that names the line or the label at fault.
+    """
+    path = Path(path)
+    rows, unused = read_table(path, CSV_FIELDS)
+    label_names = tuple(sorted({_name(row["label"], where, "label") for where, row in rows}))
+    if not 2 <= len(label_names) <= MOST_CLASSES:
+        raise InputError(f"{path}: needs 2 to {MOST_CLASSES} different labels, got {len(label_names)}")
+    counts = Counter({f"columns not used ({', '.join(unused)})": len(unused)})
+    corpus = _group(path.stem, rows, label_names, path.parent, counts)
+    if empty := [split for split in SPLITS if not corpus.splits[split]]:
+        raise InputError(f"{path}: no rows for {', '.join(empty)}; train, dev and test are all needed")
+    known = {u.label for u in corpus.utterances("train")}
+    if unknown := [name for i, name in enumerate(label_names) if i not in known]:
+        raise InputError(f"{path}: labels that no row of train has: {', '.join(unknown)}")
+    return corpus
+
+
+def _group(name: str, rows: list, label_names: tuple[str, ...], folder: Path, counts: Counter) -> Corpus:
+    """A corpus from rows [("path:line", {column: cell}), ..] in the order of speaking."""
+    split_of, conversations, line_of, not_found = {}, {}, {}, {}
+    for where, row in rows:
+        split = CSV_SPLITS.get(row["split"].strip().lower())
+        if split is None:
+            raise InputError(f"{where}: split must be one of {', '.join(CSV_SPLITS)}; got {row['split'][:60]!r}")
+        label = _name(row["label"], where, "label")
+        if label not in label_names:
+            raise InputError(f"{where}: unknown label {label!r}; {name} has {', '.join(label_names)}")
+        conversation = _name(row["conversation"], where, "conversation")
+        if split_of.setdefault(conversation, split) != split:
+            raise InputError(f"{where}: conversation {conversation!r} is in {split_of[conversation]} and in {split}")
+        utterances = conversations.setdefault(conversation, [])
+        number = _name(row["id"], where, "id") if "id" in row else len(utterances)
+        u = make_utterance(row, where, f"{conversation}_{number}", folder, label_names.index(label))
+        if line_of.setdefault(u.id, where) != where:
+            raise InputError(f"{where}: utterance {u.id!r} is there a second time, after {line_of[u.id]}")
+        missing = {m: p for m in ("audio", "video") if (p := getattr(u, m)) is not None and not os.path.isfile(p)}
+        not_found |= {str(p): None for p in missing.values()}
+        utterances.append(dataclasses.replace(u, **dict.fromkeys(missing)))
+    counts[f"media files not found ({', '.join(list(not_found)[:3])})"] = len(not_found)
+    splits = {s: tuple(Conversation(c, tuple(x)) for c, x in conversations.items() if split_of[c] == s) for s in SPLITS}
+    return Corpus(name, label_names, splits, _notes(counts, splits))
+
+
+def read_conversation(path: Path) -> Conversation:
+    """Reads a csv with the columns FIELDS, of which speaker and text are required. Errors: InputError."""
+    rows, unused = read_table(path, FIELDS[:2])
+    if len({row.get("conversation", "").strip() for _, row in rows}) > 1:
+        raise InputError(f"{path}: rows of several conversations; give each conversation a file of its own")
+    if unused:
+        print(f"{path}: columns not used: {', '.join(unused)}", file=sys.stderr)
+    utterances = [make_utterance(row, where, str(i), Path(path).parent) for i, (where, row) in enumerate(rows)]
+    return Conversation(str(path), tuple(utterances))
+
+
+def make_utterance(row: dict, where: str, name: str, folder: Path, label: int = -1) -> Utterance:
+    """An utterance from a csv row or a JSON object with the keys FIELDS, of which the first is required.
+
+    audio and video are paths relative to `folder`; without audio, the audio of the video is used. start and end are
+    times in these files: seconds, mm:ss or hh:mm:ss, with a point or a comma before decimals. Control characters in
+    text become blanks. Errors: InputError that begins with `where`.
+    """
+    row = {k: text for k, v in row.items() if v is not None and (text := str(v).strip())}
+    speaker = _name(row.get("speaker", ""), where, "speaker")
+    text = UNPRINTABLE.sub(" ", row.get("text", "").translate(PUNCTUATION)).strip()
+    paths = {m: folder / row[m] for m in ("audio", "video") if m in row}
+    if wrong := [m for m in paths if UNPRINTABLE.search(row[m])]:
+        raise InputError(f"{where}: control character in the path of the {wrong[0]}; remove it")
+    times = {}
+    for column in (c for c in ("start", "end") if c in row):
+        match = TIME.fullmatch(row[column].lower().replace(",", "."))
+        times[column] = sum(float(x or 0) * unit for x, unit in zip(match.groups(), (3600, 60, 1))) if match else -1
+        if not 0 <= times[column] < 1e6:  # no recording is as long
+            raise InputError(f"{where}: {column} must be in seconds or hh:mm:ss, got {row[column][:60]!r}")
+    if "end" in times and times["end"] <= times.get("start", 0):
+        raise InputError(f"{where}: ends at {times['end']:g} s, before it starts")
+    return Utterance(name, speaker, text, label, paths.get("audio", paths.get("video")), paths.get("video"), **times)
+
+
+# The feature file
 
 
 class Encoded(NamedTuple):
-    """An encoder's answers for every utterance of a corpus, in order; NaN where sound or picture is missing."""
+    """An encoder's output for every utterance of a corpus, in order; NaN where audio or video is missing."""
 
     features: Tensor  # [N, d]
     logits: Tensor  # [N, C]
-
-
-def write_encoded(path: Path, answers: Encoded, ids: list[str]) -> None:
-    replace_file(path, lambda part: save_file(answers._asdict(), part, {"utterances": json.dumps(ids)}))
-
-
-def read_encoded(path: Path, ids: list[str]) -> Encoded:
-    """What an encoder left, if it is of these utterances. Errors: InputError."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            if json.loads((f.metadata() or {})["utterances"]) == ids:
-                answers = Encoded(f.get_tensor("features"), f.get_tensor("logits"))
-                if [(x.dim(), len(x), x.dtype) for x in answers] != [(2, len(ids), torch.float32)] * 2:
-                    raise ValueError("other shapes")
-                return answers
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise InputError(f"{path}: not an encoder's answers ({type(e).__name__}); delete it, it is made again") from e
-    raise InputError(f"{path}: made from other utterances than the corpus has now; start again with --fresh")
 
 
 @dataclass
@@ -375,6 +463,7 @@ class FeatureFile:
     speaker_names: list[str]
     conversation_names: list[str]
     utterance_names: list[str]
+    made_from: dict[str, str] = field(default_factory=dict)  # kind -> key of the encoder that made it; else absent
 
 
 ROWS = ("label", "speaker", "conversation", "split")  # the file's int64 columns
@@ -382,22 +471,85 @@ NAMES = ("label_names", "speaker_names", "conversation_names", "utterance_names"
 
 
 def write_features(path: Path, file: FeatureFile) -> None:
-    """Writes the format of the README, NaN where a feature is missing; whole or not at all."""
-    nan = torch.tensor(torch.nan)
-    tensors = {k: torch.where(file.present[k][:, None], x, nan).contiguous() for k, x in file.features.items()}
+    """Writes the format of the README, NaN where a feature is missing."""
+    tensors = {k: x.masked_fill(~file.present[k][:, None], torch.nan).contiguous() for k, x in file.features.items()}
     tensors |= {name: getattr(file, name) for name in ROWS}
-    metadata = {name: json.dumps(getattr(file, name)) for name in NAMES} | {"split_names": json.dumps(SPLITS)}
-    replace_file(path, lambda part: save_file(tensors, part, metadata))
+    metadata = {name: json.dumps(getattr(file, name)) for name in (*NAMES, "made_from")}
+    metadata["split_names"] = json.dumps(SPLITS)
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus) -> FeatureFile:
+def read_features(path: Path) -> FeatureFile:
+    """Reads and checks a feature file. Errors: InputError that names the field at fault."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except Exception as e:  # a damaged header makes safetensors and torch raise nearly anything
+        raise InputError(f"{path}: not a readable feature file ({e}); the README describes the format") from e
+    try:
+        names = {name: json.loads(metadata[name]) for name in (*NAMES, "split_names")}
+        made_from = dict(json.loads(metadata.get("made_from", "{}")))
+    except (KeyError, ValueError, TypeError) as e:
+        raise InputError(f"{path}: the metadata must have {', '.join(NAMES)} and split_names, as JSON ({e})") from e
+    if names.pop("split_names") != list(SPLITS):
+        raise InputError(f"{path}: field 'split_names' must be {list(SPLITS)}")
+    return dataclasses.replace(check_features(path, tensors, names), made_from=made_from)
+
+
+def check_features(where: Path | str, tensors: dict[str, Tensor], names: dict[str, list[str]]) -> FeatureFile:
+    """A feature file from its columns and its lists of names. Errors: InputError that names the field at fault."""
+
+    def bad(name: str, what: str) -> InputError:
+        return InputError(f"{where}: field {name!r} {what}")
+
+    for name, known in names.items():
+        usable = isinstance(known, list) and all(isinstance(x, str) and x.strip() for x in known)
+        if not usable or any(UNPRINTABLE.search(x) for x in known):
+            raise bad(name, "must be a list of names, each of them text, not empty, without control characters")
+        if len(set(known)) < len(known):
+            raise bad(name, f"contains the name {Counter(known).most_common(1)[0][0][:60]!r} twice")
+    if not 2 <= len(names["label_names"]) <= MOST_CLASSES:
+        raise bad("label_names", f"must name 2 to {MOST_CLASSES} classes, got {len(names['label_names'])}")
+    N, rows = len(names["utterance_names"]), {}
+    for name in ROWS:
+        x, known = tensors.get(name), names.get(f"{name}_names", SPLITS)
+        if x is None or x.shape != (N,) or x.dtype != torch.int64:
+            got = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
+            raise bad(name, f"must be int64 [{N}], one per utterance name; got {got}")
+        if len(out := ((x < 0) | (x >= len(known))).nonzero()):
+            raise bad(name, f"must be 0 to {len(known) - 1}; row {int(out[0])} has {int(x[out[0]])}")
+        rows[name] = x
+    if missing := [s for i, s in enumerate(SPLITS) if not (rows["split"] == i).any()]:
+        raise bad("split", f"has no utterance in {', '.join(missing)}")
+    blocks = torch.stack((rows["conversation"], rows["split"])).unique_consecutive(dim=1)
+    if blocks.shape[1] != len(rows["conversation"].unique()):
+        raise bad("conversation", "must have the utterances of a conversation together, in one split")
+
+    features, present = {}, {}
+    for kind in (k for k in KINDS if k in tensors):
+        x = tensors[kind]
+        if x.dim() != 2 or len(x) != N or not x.shape[1] or not x.is_floating_point():
+            raise bad(kind, f"must be float32 [{N}, d]; got {x.dtype} {list(x.shape)}")
+        x = x.float()
+        absent = x.isnan().all(dim=1)  # a whole row of NaN: the utterance does not have it
+        if len(broken := (~x.isfinite().all(dim=1) & ~absent).nonzero()):
+            name = names["utterance_names"][i := int(broken[0])]
+            raise bad(kind, f"has NaN or infinity inside row {i}, {name!r} (a missing one is all NaN)")
+        if not absent.all():  # nobody has it: as if the field were not there
+            features[kind], present[kind] = x.masked_fill(absent[:, None], 0.0), ~absent
+    if "text" not in features:
+        raise bad("text", "is missing or NaN throughout; MAGT's last anchor is text, other modalities may be absent")
+    return FeatureFile(features, present, **rows, **names)
+
+
+def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus, made_from: dict[str, str]) -> FeatureFile:
     """The features of all encoders with labels, speakers and conversations."""
     conversations = [(s, c) for s, split in enumerate(SPLITS) for c in corpus.splits[split]]
     utterances = [(s, i, u) for i, (s, c) in enumerate(conversations) for u in c.utterances]
     speakers = {name: i for i, name in enumerate(dict.fromkeys(u.speaker for _, _, u in utterances))}
     return FeatureFile(
-        features={name: x.features.nan_to_num() for name, x in encoded.items()},
-        present={name: ~x.features.isnan().any(dim=1) for name, x in encoded.items()},
+        features={kind: x.features.nan_to_num() for kind, x in encoded.items()},
+        present={kind: ~x.features.isnan().any(dim=1) for kind, x in encoded.items()},
         label=torch.tensor([u.label for _, _, u in utterances]),
         speaker=torch.tensor([speakers[u.speaker] for _, _, u in utterances]),
         conversation=torch.tensor([i for _, i, _ in utterances]),
@@ -406,16 +558,46 @@ def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus) -> FeatureFile:
         speaker_names=list(speakers),
         conversation_names=[c.id for _, c in conversations],
         utterance_names=[u.id for _, _, u in utterances],
+        made_from=made_from,
     )
+
+
+def standardise(file: FeatureFile) -> tuple[FeatureFile, dict[str, dict[str, list[float]]]]:
+    """Features of kinds that no encoder of this project made, with mean 0 and std 1 per column over train.
+
+    Columns of different size are usual in features by other programs, and a column of size 1e5 drowns the others. A
+    column that is constant in train becomes 0. Returns the file and {kind: {"mean": [d], "std": [d]}}, std 0 for a
+    constant column. Errors: InputError for a kind that train lacks.
+    """
+    features, moments = dict(file.features), {}
+    for kind, x in file.features.items():
+        if kind not in file.made_from:
+            x, present = x.double(), file.present[kind]
+            train = x[present & (file.split == 0)]
+            if not len(train):
+                raise InputError(f"feature kind {kind!r}: no utterance of train has it")
+            mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+            constant = std <= 1e-6 * mean.abs()  # float32 has 7 digits: no more than rounding
+            x = ((x - mean) / std).masked_fill(constant | ~present[:, None], 0.0)
+            features[kind] = x.float()
+            moments[kind] = {"mean": mean.tolist(), "std": std.masked_fill(constant, 0.0).tolist()}
+    return dataclasses.replace(file, features=features), moments
+
+
+def file_digest(file: FeatureFile, kinds: Iterable[str]) -> str:
+    """Digest of everything in a feature file that training on these kinds reads."""
+    tensors = [x for kind in sorted(kinds) for x in (file.features[kind], file.present[kind])]
+    own = [(kind, kind in file.made_from) for kind in sorted(kinds)]
+    return digest(own, *tensors, *(getattr(file, name) for name in (*ROWS, *NAMES)))
 
 
 # Conversations as rows
 
 
 class Batch(NamedTuple):
-    """Conversations one after the other: what a fusion model takes, and what its losses need besides."""
+    """Conversations one after the other: the input of a fusion model, and what its losses need besides."""
 
-    inputs: tuple[dict[str, Tensor], Tensor, list[int], dict[str, Tensor]]  # as MAGT.forward has them, in order
+    inputs: tuple[dict[str, Tensor], Tensor, list[int], dict[str, Tensor]]  # the arguments of MAGT.forward, in order
     labels: Tensor  # [N]
     rows: dict[str, Tensor]  # modality -> [n_m] int64, the rows that have it; no entry: all have
 
@@ -425,35 +607,33 @@ class Conversations:
 
     def __init__(self, file: FeatureFile, kinds: tuple[str, ...], device: torch.device):
         modality = {kind: kind.removesuffix("_kd") for kind in kinds}
-        self.kinds, self.device = kinds, device
+        self.kinds, self.device, self.digest = kinds, device, file_digest(file, kinds)
         self.features = {modality[k]: file.features[k].to(device) for k in kinds}
         self.present = {modality[k]: file.present[k] for k in kinds if not file.present[k].all()}  # on the CPU: `batch`
-        self.label = file.label.to(device)
+        self.label, self.num_classes = file.label.to(device), len(file.label_names)
         seen = file.speaker[file.split == 0].unique()
         self.num_speakers = int(seen.max()) + 1
         # A speaker never seen in training has an embedding that was never trained: 0, which adds nothing.
         self.speaker = torch.where(torch.isin(file.speaker, seen), file.speaker + 1, 0).to(device)
-        _, lengths = file.conversation.unique_consecutive(return_counts=True)
-        ends = lengths.cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        names = [file.conversation_names[i] for i in file.conversation[starts].tolist()]
-        self.slices = {name: slice(*at) for name, at in zip(names, zip(starts, ends))}
-        self.lengths = dict(zip(names, lengths.tolist()))
-        self.splits = {
-            split: [name for name, start in zip(names, starts) if file.split[start] == s]
-            for s, split in enumerate(SPLITS)
-        }
+        ids, lengths = file.conversation.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0)
+        self.slices: dict[str, slice] = {}
+        self.splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for i, start, end in zip(ids.tolist(), (ends - lengths).tolist(), ends.tolist()):
+            name = file.conversation_names[i]
+            self.slices[name] = slice(start, end)
+            self.splits[SPLITS[file.split[start]]].append(name)
 
     def batch(self, names: list[str]) -> Batch:
-        """The conversations of these names. Nothing here waits for a GPU: sizes are known on the host."""
-        at = [self.slices[name] for name in names]
+        """The conversations of these names. Does not wait for a GPU: all sizes are known on the host."""
+        slices = [self.slices[name] for name in names]
 
         def pick(x: Tensor) -> Tensor:
-            return torch.cat([x[rows] for rows in at])
+            return torch.cat([x[at] for at in slices])
 
         present = {m: pick(x) for m, x in self.present.items()}
         rows = {m: x.nonzero().squeeze(1).to(self.device, non_blocking=True) for m, x in present.items()}
         present = {m: x.to(self.device, non_blocking=True) for m, x in present.items()}
         features = {m: pick(x) for m, x in self.features.items()}
-        inputs = (features, pick(self.speaker), [self.lengths[name] for name in names], present)
+        inputs = (features, pick(self.speaker), [at.stop - at.start for at in slices], present)
         return Batch(inputs, pick(self.label), rows)

@@ -1,27 +1,23 @@
-"""Stage 1's encoders: from files to one feature (a vector) per utterance, by text (Eq. 1-3), audio (4) and video (5).
+"""Stage 1's encoders: from files to one feature (a vector) per utterance, for text (Eq. 1-3), audio (4) and video (5).
 
-First the decoding: `load_audio` and `load_frames` read an utterance's sound and pictures from any file that PyAV reads,
-and `MediaStore` keeps them, so that each file is decoded once. Then three encoders. Each is a pretrained transformer (a
-hub name, or a folder written by `save_pretrained`), a rule for which of its output vectors stands for the utterance, a
-linear layer where its width is not d, and a linear classifier:
+`open_window` reads a stretch of an audio or video stream from any file that PyAV reads, with true times; `load_audio`
+and `load_frames` make tensors of it; `MediaStore` caches them.
 
-    text   RoBERTa, or any encoder whose tokenizer has a mask token: the vector at the mask of a prompt that asks what
-           the speaker feels, with the past before it
-    audio  Data2vec, or another of the wav2vec 2.0 family: the mean over the frames
-    video  TimeSformer: the class token; VideoMAE, which has none: the mean over the patches
-
-All three are called alike: `features, logits = encoder(examples)`, [B, d] and [B, C]. What a checkpoint's processor
-wants (mean, deviation, rate, normalisation) is read from the checkpoint.
-
-Not here: which files belong to an utterance (data.py); the training (magtkd.py).
+An encoder is a pretrained transformer (a hub name, or a folder written by `save_pretrained`), a rule for which of its
+output vectors stands for the utterance, a linear layer where its width is not d, and a linear classifier. All are
+called alike: `features, logits = encoder(examples)`, [B, d] and [B, C].
 """
 
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -29,63 +25,184 @@ import torch
 import torchaudio.functional as A
 import torchvision.transforms.v2.functional as V
 import transformers
+from av.format import Flags
+from av.stream import Disposition
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Conversation, InputError, MediaError, Utterance, replace_file
+from data import Conversation, InputError, MediaError, Utterance, append_line, digest, replace_file
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries without a network; our error says it once
-av.logging.set_level(av.logging.PANIC)  # the report names broken files; FFmpeg's own lines would drown the progress
+av.logging.set_level(av.logging.PANIC)  # the report names broken files; FFmpeg's own lines would hide the progress
 
 RATE = 16_000  # Hz, what every speech encoder of this family was trained on
 MAX_SECONDS = 35.0  # IEMOCAP's longest utterance has 34 s; some of MELD's clips are wrong cuts of 5 minutes
-MIN_SAMPLES = 400  # 25 ms, one step of the encoder's convolutions
-SHORTEST = 4_800  # samples; in training SpecAugment masks stretches of 10 frames (0.2 s), and raises on shorter clips
-MARGIN = 1.0  # seconds of video before and after an utterance of a longer film
+SHORTEST = 4_800  # samples (0.3 s); shorter clips are padded: SpecAugment raises on clips shorter than its masks
+MARGIN = 1.0  # seconds of video before and after an utterance of a longer recording
+LEAD = 1.0  # seconds of audio decoded before the window: MP3 and Opus packets need those before them
+SEARCH = 10.0  # seconds before the window at which MPEG streams are searched: they have no index of key frames
+# From 5.1 and its relatives to mono by ITU-R BS.775. These are the proportions of its stereo's mean: left and right at
+# 1, the centre at 0.7 on both sides, surround at 0.7 on its own side. 7.1's side channels count as surround.
+MIX = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0, "BL": 0.5, "BR": 0.5, "SL": 0.5, "SR": 0.5, "BC": 0.5}
 SPEAKER_TOKENS = [f"<s{i}>" for i in range(1, 10)]  # MELD has at most 9 speakers in a conversation; a tenth shares <s9>
 
 
-# From a file to sound and pictures
+# From a file to audio and frames
+
+
+class UnreadableError(MediaError):
+    """The file is missing or cannot be read now. Unlike broken content this may change, so it is not cached."""
+
+
+class Window:
+    """A stretch of one stream: its packets, read but not yet decoded. Times are in seconds from the container's start.
+
+    All packets are read first, since only the last time stamp tells where a stream ends: a container may name no length
+    (browser recordings), or that of another stream.
+    """
+
+    def __init__(self, container, stream, start: float, end: float, seek: bool):
+        audio = stream.type == "audio"
+        self.stream, self.packets = stream, []  # [(seconds, packet)], from the last one where decoding may begin
+        self.begin = self.end = self.lost = 0.0  # of the packets; seconds of those that could not be decoded
+        self.step = 0.0 if audio else float(1 / (stream.average_rate or 25))  # of packets that name no duration
+        self.origin = max(0, container.start_time or 0) / av.time_base  # below 0 lies only an encoder's delay
+        flags = Flags(container.format.flags)
+        self.named_end = None  # as the container's index has it
+        if stream.duration and not flags & (Flags.generic_index | Flags.ts_discont):
+            self.named_end = self._seconds((stream.start_time or 0) + stream.duration)
+        needed = start - LEAD if audio else start
+        target = min(needed, 1e9) - (SEARCH if flags & Flags.ts_discont else 0)
+        seek = seek and target > 0 and not flags & Flags.generic_index
+        if seek:
+            with suppress(av.FFmpegError):  # then the packets are read from the beginning
+                container.seek(int((target + self.origin) * av.time_base))
+        for packet in container.demux(stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if not packet.size or seek and stamp is None and not self.packets:
+                continue
+            time = self.end if stamp is None else self._seconds(stamp)
+            if not self.packets or 0 < time <= needed and packet.is_keyframe:
+                self.packets, self.begin = [], time
+            seconds = float(packet.duration * stream.time_base) or self.step
+            self.packets.append((seconds, packet))
+            self.end = max(self.end, time + seconds)
+            if packet.dts is not None and self._seconds(packet.dts) > end:  # no earlier frame can follow
+                break
+
+    def _seconds(self, stamp: int) -> float:
+        return float(stamp * self.stream.time_base) - self.origin
+
+    def frames(self) -> Iterator[tuple[float, av.AudioFrame | av.VideoFrame]]:
+        """(time, frame) in the order of presentation. A packet that cannot be decoded is skipped."""
+        last = av.Packet()  # an empty packet makes the decoder return what it still holds
+        last.time_base = self.stream.time_base
+        time = self.begin
+        for seconds, packet in [*self.packets, (0.0, last)]:
+            try:
+                frames = self.stream.codec_context.decode(packet)
+            except av.FFmpegError:
+                self.lost += seconds
+                continue
+            for frame in frames:
+                time = time if frame.time is None else frame.time - self.origin
+                yield time, frame
+                time += self.step
+
+
+@contextmanager
+def open_window(path: Path, kind: str, start: float, end: float) -> Iterator[Window]:
+    """Opens a file and reads its "audio" or "video" from `start` to `end` (seconds), with what its decoding needs.
+
+    A seek is tried first, except in formats whose packets have no time stamps of their own (MP3, Ogg, WAV, ..). If it
+    ends too late, the packets are read from the beginning of the file, though not decoded before they are needed.
+    Errors: MediaError for a file without such a stream; UnreadableError; what PyAV raises for a broken file.
+    """
+    for seek in (start > 0, False):
+        with _open(path) as container:
+            streams = [s for s in getattr(container.streams, kind) if s.codec_context is not None]
+            streams = [s for s in streams if not s.disposition & Disposition.attached_pic]  # a cover picture
+            if not streams:
+                raise MediaError(f"no {kind} in it")
+            default = max(streams, key=lambda s: bool(s.disposition & Disposition.default))  # the first, if none is
+            window = Window(container, default, start, end, seek)
+            if not seek or window.packets and window.begin <= start:
+                yield window
+                return
+
+
+def check_is_file(path: Path | None) -> None:
+    """Errors: UnreadableError."""
+    if path is None or not os.path.isfile(path):  # False, without an error, for names that no disk can hold
+        raise UnreadableError("not a file" if path is not None and os.path.exists(path) else "missing")
+
+
+def _open(path: Path):
+    check_is_file(path)
+    return av.open(os.path.abspath(path))  # FFmpeg takes a relative name with a colon for a URL
 
 
 def load_audio(path: Path, start: float = 0.0, end: float | None = None) -> Tensor:
-    """The sound of a file from `start` to `end` (seconds), at most MAX_SECONDS of it. float32 [T], 16 kHz mono.
+    """The audio of a file from `start` to `end` (seconds), at most MAX_SECONDS of it. float32 [T], 16 kHz mono.
 
-    Errors: MediaError for a file that is missing, broken or without sound, or shorter than 25 ms.
+    Errors: MediaError for a file that is missing, broken or without audio, or with less than 25 ms of it.
     """
-    end = min(start + MAX_SECONDS, float("inf") if end is None else end)
-    with _open(path) as container:
-        if not container.streams.audio:
-            raise MediaError("no sound in it")
-        stream = container.streams.audio[0]
-        if stream.sample_rate > 400_000:  # no recorder has it, and the resampler's memory grows with it
-            raise MediaError(f"{stream.sample_rate} samples per second")
-        if start > 0:
-            container.seek(int(start * av.time_base))
-        # Packed: PyAV crashes on 8 planes and more. The mean, since FFmpeg's own mix of equal channels clips.
-        packed, parts, offset = av.AudioResampler(format="flt"), [], None
-        for frame in container.decode(stream):
-            time = 0.0 if frame.time is None else frame.time
-            if time >= end:
+    return _load_audio(path, start, end)[0]
+
+
+def _load_audio(path: Path, start: float, end: float | None) -> tuple[Tensor, str]:
+    start = max(0.0, start)
+    stop = min(start + MAX_SECONDS, float("inf") if end is None else end)
+    parts, count, rate, begin, gaps, packers = [], 0, None, 0.0, 0.0, {}
+    with open_window(path, "audio", start, stop) as window:
+        for time, frame in window.frames():
+            if time >= stop:
                 break
-            offset = time if offset is None else offset
-            parts += [p.to_ndarray().reshape(-1, p.layout.nb_channels).mean(axis=1) for p in packed.resample(frame)]
-    if not parts:
-        raise MediaError("no sound in it")
-    sound, rate = torch.from_numpy(np.concatenate(parts)), frame.sample_rate
-    first = max(0, round((start - offset) * rate))
-    sound = sound[first : first + round((end - max(start, offset)) * rate)]
-    if not len(sound):
-        raise MediaError(f"ends before {start:.1f} s, where the utterance begins")
+            if frame.sample_rate > 400_000:  # no recorder has it, and the resampler's memory grows with it
+                raise MediaError(f"{frame.sample_rate} samples per second")
+            if rate is None:
+                rate, begin = frame.sample_rate, time
+            samples = _to_mono(frame, rate, packers)
+            position = begin + count / rate
+            if time - position > 0.01:  # seconds; silence is inserted
+                gaps += max(0.0, time - max(start, position))
+                samples = np.concatenate([np.zeros(round((time - position) * rate), np.float32), samples])
+            parts.append(samples)
+            count += len(samples)
+    if not count:
+        is_before = 0 < window.end <= start
+        raise MediaError(f"ends at {window.end:.1f} s, before the utterance" if is_before else "no audio in it")
+    first = max(0, round((start - begin) * rate))
+    audio = torch.from_numpy(np.concatenate(parts))[first : first + round((stop - max(start, begin)) * rate)]
+    if len(audio) < 0.025 * rate:  # one step of the encoder's convolutions
+        raise MediaError(f"ends at {begin + count / rate:.1f} s, {1000 * len(audio) / rate:.0f} ms of the utterance")
+    note = _loss(window, len(audio) / rate - gaps, start, end)
     # To the nearest 25 Hz (nobody hears 44,101 Hz as 44,100): the resampler's memory grows with rate / gcd(rate, RATE).
-    sound = A.resample(sound, max(25, round(rate / 25) * 25), RATE)
-    if len(sound) < MIN_SAMPLES:
-        raise MediaError(f"only {len(sound) / RATE * 1000:.0f} ms of sound")
-    if not sound.isfinite().all():
-        raise MediaError("samples that are not numbers")
-    return sound.clamp(-1, 1)
+    audio = A.resample(audio, max(25, round(rate / 25) * 25), RATE)
+    audio = audio.nan_to_num().clamp(-1, 1)
+    return audio, "silent throughout" if audio.abs().max() < 1e-4 else note  # three steps of 16 bits
+
+
+def _to_mono(frame: av.AudioFrame, rate: int, packers: dict) -> np.ndarray:
+    """float32 [T] at `rate`. By MIX where all channels are named, else their mean."""
+    weights = np.array([MIX.get(channel.name, np.nan) for channel in frame.layout.channels], np.float32)
+    weights = weights if weights.sum() > 0 else np.ones_like(weights)
+    # Packed: PyAV crashes on 8 planes and more. Mixed here, since FFmpeg's own mix of equal channels clips.
+    key = frame.format.name, frame.layout.name, frame.sample_rate  # may change where files were joined to one
+    packed = packers.setdefault(key, av.AudioResampler(format="flt", rate=rate)).resample(frame)
+    return np.concatenate([p.to_ndarray().reshape(-1, len(weights)) @ (weights / weights.sum()) for p in packed])
+
+
+def _loss(window: Window, got: float, start: float, end: float | None) -> str:
+    """For the report, if too much of the wanted window is missing. got: seconds that could be decoded."""
+    wanted_end = end if end is not None else window.named_end or window.end
+    wanted = min(wanted_end - start, MAX_SECONDS)
+    share = 1 - got / wanted if wanted > 0 else 0.0
+    return f"{share:.0%} of the wanted {wanted:.1f} s missing (damaged, or after the end)" if share > 0.1 else ""
 
 
 def load_frames(path: Path, start: float | None, end: float | None, count: int = 8, size: int = 224) -> Tensor:
@@ -93,148 +210,205 @@ def load_frames(path: Path, start: float | None, end: float | None, count: int =
 
     start, end: seconds; the window is a second wider on both sides. None: all of the file, at most MAX_SECONDS of it.
     The whole picture is squeezed to a square: actors sit at its edges, where a centre crop would cut them off.
-    Errors: MediaError for a file that is missing, broken or without pictures in that window.
+    Errors: MediaError for a file that is missing, broken or without video in that window.
     """
-    with _open(path) as container:
-        if not container.streams.video:
-            raise MediaError("no picture in it")
-        stream = container.streams.video[0]
-        length = container.duration / av.time_base if container.duration else MAX_SECONDS
-        low = max(0.0, start - MARGIN) if start is not None else 0.0
-        high = min(length, end + MARGIN if end is not None else length, low + MAX_SECONDS)
-        if high <= low:
-            raise MediaError(f"ends at {length:.1f} s, before the utterance")
+    return _load_frames(path, start, end, count, size)[0]
+
+
+def _load_frames(path: Path, start: float | None, end: float | None, count: int, size: int) -> tuple[Tensor, str]:
+    low = 0.0 if start is None else max(0.0, start - MARGIN)
+    high = min(low + MAX_SECONDS, float("inf") if end is None else end + MARGIN)
+    with open_window(path, "video", low, high) as window:
+        high = min(high, window.end)
+        if high <= max(low, start or 0.0):
+            raise MediaError(f"ends at {window.end:.1f} s, before the utterance")
         times = np.linspace(low, high, 2 * count + 1)[1::2]  # the middles of `count` equal parts
-        if low > 0:
-            container.seek(int(low * av.time_base))  # to the key frame before
-        frames = _pick(container.decode(stream), times, float(stream.average_rate or 25))
-    if not frames:
-        raise MediaError("no picture in it")
-    frames += frames[-1:] * (count - len(frames))  # the film ends early: its last frame stands still
-    pictures = [torch.from_numpy(frame).permute(2, 0, 1) for frame in frames]
-    return torch.stack([V.resize(picture, [size, size], antialias=True) for picture in pictures])
+        pictures, frame = [], None
+        for time, frame in window.frames():
+            due = int((times <= time).sum()) - len(pictures)  # the first frame at or after each time
+            if due > 0:
+                pictures += [_picture(frame, size)] * due
+            if len(pictures) == count:
+                break
+        if frame is None:
+            raise MediaError("no frame of its video can be decoded")
+        pictures += [_picture(frame, size)] * (count - len(pictures))  # the last frame for times after the end
+    start = start or 0.0
+    got = min(window.end, float("inf") if end is None else end) - start - window.lost
+    return torch.stack(pictures), _loss(window, got, start, end)
 
 
-def _pick(film: Iterable[av.VideoFrame], times: np.ndarray, rate: float) -> list[np.ndarray]:
-    """The first frame at or after each time (the last frame for times behind the end), as RGB [H, W, 3]."""
-    picked, last = [], None
-    for number, last in enumerate(film):
-        time = number / rate if last.time is None else last.time
-        while len(picked) < len(times) and time >= times[len(picked)]:
-            picked.append(last.to_ndarray(format="rgb24"))
-        if len(picked) == len(times):
-            return picked
-    return picked if last is None else [*picked, last.to_ndarray(format="rgb24")]
+def _picture(frame: av.VideoFrame, size: int) -> Tensor:
+    """uint8 [3, size, size], RGB, upright: phones store it as the sensor lies, and the rotation beside it."""
+    x = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)).copy()
+    return V.resize(torch.from_numpy(x).permute(2, 0, 1), [size, size], antialias=True)
 
 
-def _open(path: Path):
-    if not os.path.isfile(path):  # False, without an error, for names that no disk can hold
-        raise MediaError("not a file" if os.path.exists(path) else "missing")
-    return av.open(str(path))
-
-
-def decode(u: Utterance, modality: str, frames: int = 8, size: int = 224) -> np.ndarray:
+def decode(u: Utterance, modality: str, frames: int = 8, size: int = 224) -> tuple[np.ndarray, str]:
     """An utterance's "audio", int16 [T] at 16 kHz, or its "video", uint8 [frames, 3, size, size].
 
-    Errors: MediaError that says why there is none. Whatever a file makes a decoder raise costs this file alone.
+    And what is wrong with it, for the report, or "". Audio is cut to the utterance's start and end, unless the file
+    holds this utterance only: `u.audio_is_cut`, or another file than the video, that ends before `u.end` and is about
+    as long as the utterance.
+    Errors: MediaError that says why there is none; UnreadableError if that may change.
     """
     path = getattr(u, modality)
+    start, end = (None, None) if modality == "audio" and u.audio_is_cut else (u.start, u.end)
+    if end is not None and not (start or 0.0) < end:
+        raise MediaError(f"the utterance is to last from {start or 0.0:.1f} to {end:.1f} s")
     try:
-        if path is None:
-            raise MediaError("missing")
-        if modality == "audio":
-            return (load_audio(path) * 32767).round().to(torch.int16).numpy()
-        return load_frames(path, u.start, u.end, frames, size).numpy()
+        if modality == "video":
+            x, note = _load_frames(path, start, end, frames, size)
+            return x.numpy(), note
+        if end is not None and path != u.video:
+            with _open(path) as container:
+                seconds = (container.duration or 0) / av.time_base
+            if seconds < end and abs(seconds - (end - (start or 0.0))) <= 0.5:
+                start, end = None, None
+        x, note = _load_audio(path, start or 0.0, end)
+        return (x * 32767).round().to(torch.int16).numpy(), note
     except MediaError:
         raise
-    except Exception as e:
-        size = os.path.getsize(path)
-        raise MediaError(f"broken, {size} bytes ({type(e).__name__})" if size else "empty file") from e
+    except Exception as e:  # a damaged file makes PyAV raise nearly anything; it affects only this utterance
+        length = os.path.getsize(path)
+        raise MediaError(f"broken, {length} bytes ({type(e).__name__})" if length else "empty file") from e
 
 
-# What was decoded, on disk
+# The cache of decoded media
+
+DECODER_VERSION = 1  # part of every key: raise it with a change above that makes `decode` return other values
+
+
+class Entry(NamedTuple):
+    path: Path | None = None  # of the array; None: the media file cannot be read now
+    digest: str = ""  # of the decoded content; "" if there is none
+    note: str = ""  # for the report: why there is none, or what is wrong with it
+    length: int = 0  # samples or frames; 0 if there is none
 
 
 class MediaStore:
-    """Decoded sound and frames, so that no file is decoded twice: a NumPy file per utterance and modality.
+    """Decoded audio and frames, so that no file is decoded twice.
 
-    folder/audio/ID.npy, int16 [T] at 16 kHz; folder/video/ID.npy, uint8 [frames, 3, size, size]; or ID.txt, which says
-    why there is none. Files are written whole, so a killed run continues where it was; RAM stays flat.
+    folder/MODALITY/KEY.safetensors contains what `decode` returns, of length 0 for broken media, and in its metadata
+    the fields of Entry. KEY is a hash of the media file's content, the window, `frames`, `size` and DECODER_VERSION, so
+    runs can share the folder, and it can be moved. folder/index.jsonl has the hash of each media file, whose size and
+    time decide whether it is hashed again. Writes are atomic, so a killed run resumes; nothing is deleted.
 
     modalities: which of "audio" and "video" are wanted. frames, size: of a video, how many and of how many pixels.
     """
 
     def __init__(self, folder: Path, modalities: tuple[str, ...], frames: int = 8, size: int = 224):
         self.folder, self.modalities, self.frames, self.size = Path(folder), modalities, frames, size
-        for m in modalities:
-            (self.folder / m).mkdir(parents=True, exist_ok=True)
+        self.index = self.folder / "index.jsonl"
+        self.hashes: dict[str, str] = {}  # "size, time and path" of a media file -> hash of its content
+        self.entries: dict[tuple[str, str], Entry] = {}  # by utterance and modality, of the last `fill`
 
     def fill(self, utterances: list[Utterance], workers: int) -> None:
-        """Decodes what is not in the store yet. Threads: FFmpeg and torch leave Python's lock while they work.
+        """Decodes what is not in the store yet. The methods below answer for these utterances.
 
-        Processes would survive a crash in FFmpeg. None is known; they cost up to twice as much: docs/reliability.md.
-        Errors: InputError if the disk is too small.
+        In threads: FFmpeg and torch release Python's lock while they work.
+        Errors: InputError if the disk is too small; OSError if the folder cannot be used.
         """
-        todo = [(u, m) for u in utterances for m in self.modalities if not self._is_done(u.id, m)]
-        if not todo:
-            return
-        need, free = sum(self.bytes_for(u, m) for u, m in todo), shutil.disk_usage(self.folder).free
-        if need > free:
-            raise InputError(
-                f"{self.folder}: the decoded media of {len(utterances)} utterances need {need / 1e9:.1f} GB more, "
-                f"{free / 1e9:.1f} GB are free; give a folder on a larger disk with --out"
-            )
-        print(f"decoding {len(todo)} sounds and films into {self.folder}: about {need / 1e9:.1f} GB", flush=True)
-        with ThreadPoolExecutor(workers) as pool:
-            for _ in tqdm(pool.map(self._keep, todo), "decoding", len(todo), unit=" files", disable=None):
-                pass
+        for m in self.modalities:
+            (self.folder / m).mkdir(parents=True, exist_ok=True)
+        self._read_index()
+        wanted = [(u, m) for u in utterances for m in self.modalities]
+        files = list({getattr(u, m): None for u, m in wanted})  # one video may serve many utterances
+        pool = ThreadPoolExecutor(workers)
+        try:
+            hashes = dict(zip(files, pool.map(self._hash, files)))
+            self.entries = {(u.id, m): self._find(u, m, hashes[getattr(u, m)]) for u, m in wanted}
+            todo = {entry.path: at for at, entry in zip(wanted, self.entries.values()) if entry == Entry(entry.path)}
+            need = sum(self.bytes_for(u, m) for u, m in todo.values()) / 1e9
+            free = shutil.disk_usage(self.folder).free / 1e9
+            if need > free:
+                what = f"{len(todo)} decoded clips need {need:.1f} GB, and {free:.1f} are free"
+                raise InputError(f"{self.folder}: {what}; give a folder on a larger disk with --media")
+            print(f"{self.folder}: {len(todo)} audio and video clips to decode", flush=True)
+            made = tqdm(pool.map(self._make, todo, todo.values()), "decoding", len(todo), unit=" clips", disable=None)
+            made = dict(zip(todo, made))
+            self.entries = {at: made.get(entry.path, entry) for at, entry in self.entries.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def get(self, utterance_id: str, modality: str) -> Tensor:
         """Audio: float32 [T], 16 kHz mono, -1 to 1. Video: uint8 [frames, 3, size, size], RGB."""
-        x = self._load(utterance_id, modality)
-        return torch.from_numpy(x / np.float32(32767) if modality == "audio" else x)
+        x = load_file(self.entries[utterance_id, modality].path)["array"]
+        return x / 32767 if modality == "audio" else x
 
     def length(self, utterance_id: str, modality: str) -> int:
         """Samples or frames; 0 if the utterance does not have it."""
-        return len(self._load(utterance_id, modality, "r")) if self._path(utterance_id, modality).exists() else 0
+        return self.entries.get((utterance_id, modality), Entry()).length
+
+    def digest(self, utterance_id: str, modality: str) -> str:
+        """A hash of the decoded content; "" if the utterance does not have it."""
+        return self.entries.get((utterance_id, modality), Entry()).digest
 
     def problems(self) -> list[str]:
-        """A line per utterance and modality that could not be decoded."""
-        notes = [p for m in self.modalities for p in (self.folder / m).glob("*.txt")]
-        return sorted(f"{p.stem}: {p.parent.name} {p.read_text(encoding='utf-8')}" for p in notes)
+        """A line per utterance and modality that could not be decoded, or not well."""
+        return sorted(f"{i}: {m} {entry.note}" for (i, m), entry in self.entries.items() if entry.note)
 
     def bytes_for(self, u: Utterance, modality: str) -> int:
         """How much disk the decoded media of an utterance take, about."""
-        seconds = 4.0 if u.end is None else min(max(0.0, u.end - u.start), MAX_SECONDS)  # 0 if it is NaN
+        seconds = 4.0 if u.end is None else min(max(0.0, u.end - (u.start or 0.0)), MAX_SECONDS)  # 0 if it is NaN
         return int(seconds * RATE * 2) if modality == "audio" else self.frames * 3 * self.size**2
 
-    def _path(self, utterance_id: str, modality: str, ending: str = "npy") -> Path:
-        return self.folder / modality / f"{utterance_id}.{ending}"
+    def _read_index(self) -> None:
+        for line in self.index.read_bytes().splitlines() if self.index.exists() else ():
+            try:
+                self.hashes |= json.loads(line)
+            except (ValueError, TypeError, RecursionError):
+                print(f"{self.index}: a line that is torn or not of this program is ignored", flush=True)
 
-    def _is_done(self, utterance_id: str, modality: str) -> bool:
-        return any(self._path(utterance_id, modality, ending).exists() for ending in ("npy", "txt"))
+    def _hash(self, path: Path | None) -> str | UnreadableError:
+        try:
+            check_is_file(path)
+            status = os.stat(path)
+            name = f"{status.st_size} {status.st_mtime_ns} {os.path.abspath(path)}"
+            if name not in self.hashes:
+                self.hashes[name] = hash_file(path)
+                append_line(self.index, json.dumps({name: self.hashes[name]}))
+            return self.hashes[name]
+        except UnreadableError as e:
+            return e
+        except OSError as e:
+            return UnreadableError(f"cannot be read ({e.strerror})")
 
-    def _keep(self, job: tuple[Utterance, str]) -> None:
+    def _find(self, u: Utterance, modality: str, content: str | UnreadableError) -> Entry:
+        """What is known of an utterance's media: only the path if they are not decoded yet."""
+        if isinstance(content, UnreadableError):
+            return Entry(note=str(content))
+        options = [self.frames, self.size] if modality == "video" else [u.audio_is_cut, u.audio == u.video]
+        key = digest(DECODER_VERSION, modality, content, u.start, u.end, *options)
+        path = self.folder / modality / f"{key}.safetensors"
+        if path.exists():
+            try:
+                with safe_open(path, "pt") as f:
+                    return Entry(path, length=f.get_slice("array").get_shape()[0], **f.metadata())
+            except (SafetensorError, OSError, TypeError):  # damaged, or of another program
+                print(f"{path}: damaged, decoded again", flush=True)
+        return Entry(path)
+
+    def _make(self, path: Path, job: tuple[Utterance, str]) -> Entry:
         u, modality = job
         try:
-            x = decode(u, modality, self.frames, self.size)
+            x, note = decode(u, modality, self.frames, self.size)
+            x = torch.from_numpy(x)
+            content = digest(x)
+        except UnreadableError as e:  # since it was hashed
+            return Entry(note=str(e))
         except MediaError as e:
-            why = str(e)
-            replace_file(self._path(u.id, modality, "txt"), lambda part: part.write_text(why, encoding="utf-8"))
-            return
-        with open(f"{self._path(u.id, modality)}.part", "wb") as f:
-            np.save(f, x)
-        os.replace(f.name, self._path(u.id, modality))
-
-    def _load(self, utterance_id: str, modality: str, mode: str | None = None) -> np.ndarray:
-        path = self._path(utterance_id, modality)
-        try:
-            return np.load(path, mode)
-        except Exception as e:  # a damaged header makes NumPy raise nearly anything
-            raise InputError(f"{path}: damaged ({e}); delete it, and it is decoded again") from e
+            x, content, note = torch.empty(0), "", str(e)
+        replace_file(path, lambda temporary: save_file({"array": x}, temporary, {"digest": content, "note": note}))
+        return Entry(path, content, note, len(x))
 
 
-# From sound, pictures and words to features
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# From audio, frames and text to features
 
 
 class Encoder(nn.Module):
@@ -260,7 +434,7 @@ class Encoder(nn.Module):
 class TextEncoder(Encoder):
     """RoBERTa at the mask of a prompt (Eq. 3). Examples are lists of token ids, from `prompts`.
 
-    max_tokens: the longest prompt, if the checkpoint itself takes no shorter ones only.
+    max_tokens: the longest prompt, unless the checkpoint itself takes shorter ones only.
     """
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768, max_tokens: int = 512):
@@ -283,13 +457,11 @@ class TextEncoder(Encoder):
         if getattr(table, "padding_idx", None) is not None:
             positions -= table.padding_idx + 1  # RoBERTa counts its positions from there
         self.max_tokens = min(max_tokens, positions, t.model_max_length)
-        if self.max_tokens < 32:  # P_k alone takes up to 22 beside the words
-            raise InputError(f"--text-model {checkpoint}: prompts of {self.max_tokens} tokens, 32 are the least")
 
     def prompts(self, conversation: Conversation) -> list[list[int]]:
         """For each utterance k of a conversation the ids of <s> C_k </s> P_k </s> (Eq. 1, 2).
 
-        Over `max_tokens` the oldest of C_k go first. P_k stays, but for the end of an utterance too long for it alone.
+        Above `max_tokens` the oldest of C_k is cut. P_k is kept, except the end of an utterance too long for it.
         """
         t = self.tokenizer
 
@@ -300,11 +472,11 @@ class TextEncoder(Encoder):
         context, prompts = [], []
         for u in conversation.utterances:
             s = SPEAKER_TOKENS[min(order.index(u.speaker), len(SPEAKER_TOKENS) - 1)]
-            words, head, tail = ids(f" {u.text}"), ids(f"For {s}:"), ids(f" Now {s} feels {t.mask_token}")
-            context += ids(f" {s}:") + words  # C_k: the past and the present, never the future
+            text, head, tail = ids(f" {u.text}"), ids(f"For {s}:"), ids(f" Now {s} feels {t.mask_token}")
+            context += ids(f" {s}:") + text  # C_k: the past and the present, never the future
             room = self.max_tokens - 3 - len(head) - len(tail)  # beside <s>, </s>, </s>
-            prompt = head + words[:room] + tail  # P_k
-            past = context[max(0, len(context) - (room - len(words))) :] if room > len(words) else []
+            prompt = head + text[:room] + tail  # P_k
+            past = context[max(0, len(context) - (room - len(text))) :] if room > len(text) else []
             prompts.append([self.start, *past, self.end, *prompt, self.end])
         return prompts
 
@@ -313,7 +485,7 @@ class TextEncoder(Encoder):
         rows = [torch.tensor(ids) for ids in examples]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)  # [B, T]
         hidden = self.backbone(input_ids=ids, attention_mask=(ids != pad).long()).last_hidden_state
-        # The last mask of a row: an utterance could hold one of its own.
+        # The last mask of a row: an utterance may contain one itself.
         at = [max(i for i, x in enumerate(row) if x == self.tokenizer.mask_token_id) for row in examples]
         return self.classify(hidden[torch.arange(len(at)), at])
 
@@ -321,19 +493,16 @@ class TextEncoder(Encoder):
 class AudioEncoder(Encoder):
     """Data2vec or its relatives, mean over the frames (Eq. 4). Examples are float32 [T] at 16 kHz.
 
-    Each clip goes through the backbone by itself: in this family padding leaks into the sound, through group norms,
-    position convolutions or attention, and a clip's feature would depend on the longest clip of its batch.
+    Each clip goes through the backbone by itself: in this family padding leaks into the clip, through group norms,
+    position convolutions or attention, and its feature would depend on the longest clip of the batch.
     """
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
         processor = load(transformers.AutoFeatureExtractor.from_pretrained, checkpoint, "--audio-model")
-        if getattr(processor, "sampling_rate", None) != RATE:
-            rate = getattr(processor, "sampling_rate", "no")
-            raise InputError(f"--audio-model {checkpoint}: wants {rate} Hz, this project reads {RATE}")
         super().__init__(checkpoint, "--audio-model", num_classes, width)
-        if not hasattr(self.backbone, "feature_extractor"):  # the convolutions that read samples
-            what = type(self.backbone).__name__
-            raise InputError(f"--audio-model {checkpoint}: a {what}, not one of the wav2vec 2.0 family")
+        if not hasattr(self.backbone, "feature_extractor") or processor.sampling_rate != RATE:
+            raise InputError(f"--audio-model {checkpoint}: not a model of the wav2vec 2.0 family for {RATE} Hz")
+        self.backbone.config.mask_time_length = 3  # of SpecAugment, 60 ms; 10 would mask most of a short clip
         self.processor = processor
 
     def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -346,19 +515,20 @@ class AudioEncoder(Encoder):
 
 
 class VideoEncoder(Encoder):
-    """TimeSformer at its class token, VideoMAE at the mean (Eq. 5). Examples are uint8 [frames, 3, size, size], RGB."""
+    """TimeSformer, ViViT at the class token, VideoMAE at the mean (Eq. 5). Examples: uint8 [frames, 3, size, size]."""
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
         video_shape(checkpoint)  # refuses what is no video model
         processor = load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
         super().__init__(checkpoint, "--video-model", num_classes, width)
-        colours = [processor.image_mean, processor.image_std]
-        mean, std = load(lambda _: torch.tensor(colours).float().view(2, 3, 1, 1), checkpoint, "--video-model")
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 3, 1, 1)
+        # (pixels * factor - offset - mean) / std, as (pixels / 255 - self.mean) / self.std. ViViT rescales to -1 .. 1.
+        scale, offset = 255 * processor.rescale_factor, float(getattr(processor, "offset", False))
+        self.register_buffer("mean", (mean + offset) / scale, persistent=False)
+        self.register_buffer("std", std / scale, persistent=False)
 
     def forward(self, examples: list[Tensor]) -> tuple[Tensor, Tensor]:
-        pixels = torch.stack(examples).to(self.device)  # uint8 still: a quarter of the bytes on their way to the GPU
+        pixels = torch.stack(examples).to(self.device)  # still uint8: a quarter of the bytes on their way to the GPU
         hidden = self.backbone((pixels / 255 - self.mean) / self.std).last_hidden_state  # [B, patches, hidden]
         has_class_token = hasattr(self.backbone.embeddings, "cls_token")
         return self.classify(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
@@ -376,30 +546,41 @@ def video_shape(checkpoint: str) -> tuple[int, int]:
 
 
 def load(load: Callable, checkpoint: str, option: str, **options):
-    """`load(checkpoint)` with a message that says what to do when it is not there."""
+    """`load(checkpoint)`, with an InputError that says what to do if it fails."""
     try:
         return load(checkpoint, **options)
     except Exception as e:  # a damaged folder makes transformers raise nearly anything
-        what = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        if Path(checkpoint).is_dir():
-            where = "the folder is there, but not whole: it needs what model.save_pretrained and its processor's write"
+        what = str(e).strip().partition("\n")[0][:200] or type(e).__name__
+        if any(name in str(e).lower() for name in ("sentencepiece", "tiktoken", "protobuf")):  # as DeBERTa-v3's
+            remedy = "its tokenizer needs two more packages: pip install sentencepiece protobuf"
+        elif Path(checkpoint).is_dir():
+            remedy = "the folder is incomplete or damaged; it must have all that save_pretrained writes"
         else:
-            where = (
-                "it is neither a folder here nor in the cache, and the hub did not give it. Without network: download "
-                f"it elsewhere (hf download {checkpoint} --local-dir DIR), copy the folder here, and give {option} DIR"
-            )
-        raise InputError(f"cannot load {checkpoint!r}: {where}. ({what})") from e
+            remedy = "it is neither a folder nor in the cache, and the hub did not give it; without network, "
+            remedy += f"download it elsewhere (hf download NAME --local-dir DIR), and give {option} DIR"
+        raise InputError(f"cannot load {checkpoint!r}: {remedy}. ({what})") from e
 
 
 def load_backbone(checkpoint: str, option: str) -> nn.Module:
-    """A transformer with its checkpoint's weights, in float32 whatever they are kept in."""
+    """A transformer with its checkpoint's weights, in float32 whatever they are stored in."""
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, info = load(transformers.AutoModel.from_pretrained, checkpoint, option, **options)
-    if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # transformers would go on, with random weights
+    if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # transformers would continue, with random weights
         raise InputError(f"{option} {checkpoint}: these are not the weights of a {type(model).__name__}")
-    shares = {name: x for name, x in model.config.to_dict().items() if "drop" in name and isinstance(x, float | int)}
-    if bad := [f"{name} {x}" for name, x in shares.items() if not 0 <= x <= 1]:
-        raise InputError(f"{option} {checkpoint}: its config.json has {', '.join(bad)}; a share is from 0 to 1")
     if hasattr(model, "pooler"):
         model.pooler = None  # not used here, and often not in the checkpoint
     return model
+
+
+def checkpoint_digest(checkpoint: str) -> str | None:
+    """A hash of a local folder's weights, configuration, tokenizer and processor; "name@commit" of what the hub's cache
+    has. None if that cannot be known offline.
+    """
+    if Path(checkpoint).is_dir():
+        suffixes = (".json", ".safetensors", ".bin", ".txt", ".model")
+        return digest([(p.name, hash_file(p)) for p in sorted(Path(checkpoint).iterdir()) if p.suffix in suffixes])
+    try:
+        config = transformers.utils.cached_file(checkpoint, "config.json", local_files_only=True)
+    except Exception:  # OSError, or what a name of another form makes the hub's client raise
+        return None
+    return f"{checkpoint}@{Path(config).parent.name}"

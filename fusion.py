@@ -1,21 +1,22 @@
 """Stage 2's models: the Multi-modal Anchor Gated Transformer (MAGT, Eq. 15-23) and the baseline Concat (Figure 3).
 
     config = FusionConfig(widths={"text": 768, "audio": 768, "video": 768}, num_classes=6, num_speakers=2)
-    logits, hidden = MAGT(config)(features, speakers, lengths)   # copy this file: it needs torch and nothing else
+    logits, hidden, gates = MAGT(config)(features, speakers, lengths)  # copy this file: it needs torch only
 
-A conversation is a row of utterances; an utterance has one feature (a vector) per modality. In MAGT every modality is
-the anchor once: its utterances ask (query), those of a source answer (key, value), and a gate decides how much of each
-answer passes. Audio and video are anchors first. Text, the strongest, comes last: it reads itself and the two enriched
-sequences. A causal MAGT reads the past and the present alone; `MAGT.step` takes a conversation as it happens.
+Why utterances and not frames. Stage 1 leaves one feature (a vector) per utterance and modality. Attention over the U
+utterances of a conversation then costs U^2, whatever the length of the recordings; attention over L frames of each
+utterance costs L^2 for each, and sees no other utterance. An emotion depends on what was said before.
 
-Shapes: B conversations in a batch, N utterances in all of them, one conversation after the other; U utterances in one
-conversation; d_m width of a feature; D width inside; C classes. There is no padding. From padded data [B, U, d_m] with
-a mask [B, U], True at utterances: features = x[mask], lengths = mask.sum(1).tolist().
+Why anchors and gates. In MAGT every modality is the anchor once: its utterances are the queries, those of a source
+modality are keys and values, and the result stays in the anchor's sequence. A gate per stream (source -> anchor)
+decides how much of that result is kept: noisy video must not overrule clear text. Audio and video are anchors
+first. Text, the strongest modality, comes last: it attends to itself and to the two enriched sequences, and predicts.
 
-Not here: the losses (losses.py), the training (magtkd.py), the encoders that make the features (encoders.py).
+Shapes: B conversations in a batch; N utterances in all of them, one conversation after the other; U utterances in one
+conversation; d_m width of a feature; D width of the model; C classes. There is no padding. From padded data [B, U, d_m]
+with a mask [B, U], True at utterances: features = x[mask], lengths = mask.sum(1).tolist().
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,14 +33,14 @@ class FusionConfig:
 
     widths: dict[str, int]  # modality -> d_m
     num_classes: int  # C
-    num_speakers: int  # speakers are 1 .. num_speakers; 0 is one never seen in training
+    num_speakers: int  # speakers are 1 .. num_speakers; 0 is a speaker that training never saw
     width: int = 768  # D
     heads: int = 8
-    dropout: float = 0.5
-    # Eq. 18 adds F_m to positions and speakers. Features of length 1, say sentence embeddings, would drown in them.
-    # A LayerNorm on F_m makes MAGT indifferent to the scale of its input.
+    dropout: float = 0.5  # Concat has its own
+    # Eq. 18 adds positions and speakers to F_m. Features of length 1, for example sentence embeddings, would vanish
+    # beside them. A LayerNorm on F_m makes the model independent of the scale of its input.
     input_norm: bool = True
-    causal: bool = False  # an utterance reads itself and the past, never the future
+    causal: bool = False  # an utterance attends to itself and the past, never to the future
 
     def __post_init__(self):
         if TEXT not in self.widths:
@@ -51,37 +52,15 @@ class FusionConfig:
 
 
 class FusionOutput(NamedTuple):
-    """Per modality. `logits["text"]` is the model's prediction; the other modalities exist for Eq. 24."""
+    """`logits["text"]` is the model's prediction; the other modalities exist for Eq. 24."""
 
     logits: dict[str, Tensor]  # modality -> [N, C]
-    hidden: dict[str, Tensor]  # modality -> [N, D]
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU with one random byte per element: torch's own masks take a fifth of a training step there.
-
-    p is then rounded to a multiple of 1/256.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or not self.training:
-            return super().forward(x)
-        words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= round(256 * self.p)
-        return x * keep / (1 - round(256 * self.p) / 256)
-
-
-class Past:
-    """What a causal MAGT has read of B conversations so far. Empty at first."""
-
-    def __init__(self):
-        self.lengths: list[int] = []  # utterances read, per conversation
-        # (anchor, source) -> per conversation its keys [T, D], values [T, D] and which of them may be read, [T]
-        self.streams: dict[tuple[str, str], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    hidden: dict[str, Tensor]  # modality -> [N, D], the enriched sequences
+    gates: dict[str, dict[str, Tensor]]  # anchor -> source -> [N, D], Eq. 21; empty for a model without gates
 
 
 class Block(nn.Module):
-    """Transformer(Q, K, V) of Eq. 19 and 20: the anchor's utterances (query) read the source's (key and value).
+    """Transformer(Q, K, V) of Eq. 19 and 20: the anchor's utterances are the query, the source's are key and value.
 
     The paper does not draw it: x = q + MHA(q, kv, kv), then x + FFN(LayerNorm(x)).
     """
@@ -89,85 +68,92 @@ class Block(nn.Module):
     def __init__(self, config: FusionConfig):
         super().__init__()
         D = config.width
-        self.heads, self.causal = config.heads, config.causal
+        self.config, self.heads = config, config.heads
         self.query = nn.Linear(D, D)
         self.key_value = nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, D)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.ffn = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), self.drop, nn.Linear(D, D), self.drop)
 
-    def forward(self, anchor: Tensor, source: Tensor, lengths: list[int], readable=None, kept=None) -> Tensor:
+    def forward(self, anchor: Tensor, source: Tensor, lengths: list[int], present: Tensor | None = None) -> Tensor:
         """anchor, source [N, D] -> [N, D].
 
-        readable: [N] bool, False where the source's utterance may not be read. None: all may.
-        kept: of Past.streams, what this stream has read before; the new keys and values are added to it.
+        present: [N] bool, False where the source lacks the utterance: it is masked as a key. None: all are present.
         """
-        k, v = self.key_value(source).chunk(2, dim=-1)
-        if kept is not None and readable is None:
-            readable = torch.ones(len(k), dtype=torch.bool, device=k.device)
-        x = anchor + self.drop(self.out(self.attend(self.query(anchor), k, v, lengths, readable, kept)))
+        q, (k, v) = self.query(anchor), self.key_value(source).chunk(2, dim=-1)
+        x = anchor + self.drop(self.out(self.attend(q, k, v, lengths, present)))
         return x + self.ffn(x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], readable: Tensor | None, kept) -> Tensor:
-        """Multi-head attention within each conversation by itself: [N, D] each -> [N, D]."""
-        flags = [None] * len(lengths) if readable is None else readable.split(lengths)
-        answers = []
-        for b, (q_b, *new) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), flags)):
-            if kept is not None:  # the past goes before the new rows
-                new = [torch.cat(pair) for pair in zip(kept[b], new)] if b < len(kept) else new
-                kept[b : b + 1] = [new]
-            answers.append(self.attend_one(q_b, *new))
-        return torch.cat(answers)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], present: Tensor | None) -> Tensor:
+        """Multi-head attention within each conversation: [N, D] each -> [N, D]."""
+        masks = [None] * len(lengths) if present is None else present.split(lengths)
+        conversations = zip(q.split(lengths), k.split(lengths), v.split(lengths), masks)
+        return torch.cat([self.attend_one(*conversation) for conversation in conversations])
 
-    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, readable: Tensor | None) -> Tensor:
-        """q [U, D] reads k, v [T, D], T = U without a past; readable [T]. Returns [U, D].
+    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
+        """One conversation: q [U, D], k and v [U, D], present [U] -> [U, D].
 
-        An utterance that may read nothing (a conversation without any sound) gets 0, not NaN.
+        A query without any key (a conversation without audio) gets 0, not NaN.
         """
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, U, D/heads]
-        U, T = q.shape[2], k.shape[2]
-        may_read = None  # [U, T], or [1, T] for all alike
-        if readable is not None:
-            may_read = readable[None]
-            if self.causal:  # the triangle begins where the past ends
-                may_read = may_read & torch.ones(U, T, dtype=torch.bool, device=q.device).tril(T - U)
-        answer = F.scaled_dot_product_attention(q, k, v, may_read, is_causal=self.causal and readable is None)
-        return answer[0].transpose(0, 1).flatten(1)
+        mask = None if present is None else present[None]  # [1, U] for all queries alike, or [U, U]
+        if self.config.causal:
+            past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = past if mask is None else mask & past
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.attention_dropout())
+        return x[0].transpose(0, 1).flatten(1)
+
+    def attention_dropout(self) -> float:
+        """Dropout on the attention weights: none here; the released code has it (extras/variants.py)."""
+        return 0.0
 
 
 class Anchor(nn.Module):
     """One anchor's gated streams (Eq. 19-22), merged into its enriched sequence."""
 
+    block_class = Block
+
     def __init__(self, config: FusionConfig, name: str):
         super().__init__()
         D, sources, self.name = config.width, list(config.widths), name
-        self.block = nn.ModuleDict({source: Block(config) for source in sources})
+        self.block = nn.ModuleDict({source: self.block_class(config) for source in sources})
         self.gate = nn.ModuleDict({source: nn.Linear(D, D) for source in sources})
         self.merge = nn.Linear(len(sources) * D, D)  # the paper does not say how; concatenate and project
 
-    def forward(self, anchor: Tensor, sources: dict[str, Tensor], lengths: list[int], present, past=None) -> Tensor:
-        """anchor [N, D]; sources {modality: [N, D]}; present {modality: [N] bool}. Returns [N, D]."""
-        streams = []
-        for source, block in self.block.items():
-            kept = None if past is None else past.streams[self.name, source]
-            h = block(anchor, sources[source], lengths, present.get(source), kept)  # Eq. 19, 20
-            streams.append(h * self.alpha(source, h))  # Eq. 22
-        return self.merge(torch.cat(streams, dim=-1))
+    def forward(
+        self, anchor: Tensor, sources: dict[str, Tensor], lengths: list[int], present: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """anchor [N, D]; sources {modality: [N, D]}; present {modality: [N] bool}.
+
+        Returns the enriched sequence [N, D] and the gates {source: [N, D]}.
+        """
+        streams, gates = [], {}
+        for source in self.block:
+            h = self.stream(source, anchor, sources[source], lengths, present.get(source))  # Eq. 19, 20
+            gates[source] = self.alpha(source, h)  # Eq. 21
+            streams.append(h * gates[source])  # Eq. 22
+        return self.merge(torch.cat(streams, dim=-1)), gates
+
+    def stream(self, source: str, anchor: Tensor, x: Tensor, lengths: list[int], present: Tensor | None) -> Tensor:
+        """Eq. 19, 20: H_{source->anchor}, [N, D], before its gate. x: the source's sequence, [N, D]."""
+        return self.block[source](anchor, x, lengths, present)
 
     def alpha(self, source: str, h: Tensor) -> Tensor:
-        """Eq. 21: the gate of a stream, [N, D], from 0 (nothing of the answer passes) to 1 (all of it)."""
+        """Eq. 21: the gate of a stream, [N, D], from 0 (nothing of it is kept) to 1 (all of it)."""
         return torch.sigmoid(self.gate[source](h))
 
 
 class MAGT(nn.Module):
     """The Multi-modal Anchor Gated Transformer, Eq. 15-23."""
 
+    anchor_class = Anchor
+
     def __init__(self, config: FusionConfig):
         super().__init__()
         self.config = config
         self.input = input_layers(config)
         self.speaker = speaker_embedding(config)
-        self.anchor = nn.ModuleDict({m: Anchor(config, m) for m in config.widths})
+        self.anchor = nn.ModuleDict({m: self.anchor_class(config, m) for m in config.widths})
         self.classifier = nn.ModuleDict({m: nn.Linear(config.width, config.num_classes) for m in config.widths})
 
     def forward(
@@ -176,73 +162,68 @@ class MAGT(nn.Module):
         speakers: Tensor,
         lengths: list[int],
         present: dict[str, Tensor] | None = None,
-        past: Past | None = None,
     ) -> FusionOutput:
-        """Logits and enriched sequences of every modality.
+        """Logits, enriched sequences and gates of every modality.
 
         features: {modality: [N, d_m]}, all finite, whatever stands where a modality is missing.
-        speakers: [N] int64; 0 for a speaker never seen in training.
+        speakers: [N] int64; 0 for a speaker that training never saw.
         lengths: utterances of each conversation, B numbers with sum N.
-        present: {modality: [N] bool}, False where an utterance lacks its sound or picture: there the feature counts as
-            zero and is not read by other utterances. A modality without an entry is there throughout.
-        past: what was said before; the conversations go on from there, and it is extended. For a causal model.
+        present: {modality: [N] bool}, False where an utterance lacks its audio or video: the feature counts as zero
+            there, and is masked as a key. A modality without an entry is complete.
         Errors: ValueError for a modality too many or too few, or a shape that does not fit.
         """
-        h, tags = self.tag(features, speakers, lengths, present, past)  # Eq. 15-18
         present = present or {}
-        hidden = {m: self.anchor[m](h[m], h, lengths, present, past) for m in h if m != TEXT}
-        hidden[TEXT] = self.anchor[TEXT](h[TEXT], {**hidden, TEXT: h[TEXT]}, lengths, present, past)  # t'
-        return self.answer(hidden, lengths, past)
+        h = self.inputs(features, speakers, lengths, present)  # Eq. 15-18
+        hidden, gates = {}, {}
+        for m in h:
+            if m != TEXT:
+                hidden[m], gates[m] = self.anchor[m](h[m], h, lengths, present)
+        sources = {**self.enriched(hidden, speakers, lengths), TEXT: h[TEXT]}
+        hidden[TEXT], gates[TEXT] = self.anchor[TEXT](h[TEXT], sources, lengths, present)  # t'
+        logits = {m: self.classifier[m](x) for m, x in hidden.items()}  # Eq. 23, before softmax and argmax
+        return FusionOutput(logits, hidden, gates)
 
-    def tag(self, features, speakers, lengths, present, past) -> tuple[dict[str, Tensor], Tensor]:
-        """Eq. 18: H_m = F_m + PE + SE per modality, and PE + SE alone; [N, D] each."""
-        if past is not None and not self.config.causal:
-            raise ValueError("a past needs a model with causal=True: this one was trained to read the future")
+    def inputs(self, features, speakers, lengths, present) -> dict[str, Tensor]:
+        """Eq. 18: H_m = F_m + PE + SE, {modality: [N, D]}. Arguments as in `forward`."""
         parts = read_inputs(self.input, self.config, features, speakers, lengths, present)
-        starts = past.lengths if past is not None and past.lengths else [0] * len(lengths)
-        if len(starts) != len(lengths):
-            raise ValueError(f"the past is of {len(starts)} conversations, lengths is of {len(lengths)}")
-        tags = positions_and_speakers(self.speaker, speakers, lengths, starts)  # Eq. 15-17
-        return {m: x + tags for m, x in parts.items()}, tags
+        added = positions_and_speakers(self.speaker, speakers, lengths)  # Eq. 15-17
+        return {m: x + added for m, x in parts.items()}
 
-    def answer(self, hidden: dict[str, Tensor], lengths: list[int], past: Past | None) -> FusionOutput:
-        """Eq. 23 before the softmax and the argmax, for every modality."""
-        if past is not None:
-            past.lengths = [n + before for n, before in zip(lengths, past.lengths or [0] * len(lengths))]
-        return FusionOutput({m: self.classifier[m](x) for m, x in hidden.items()}, hidden)
-
-    def step(self, past: Past, features: dict[str, Tensor], speakers: Tensor, present=None) -> FusionOutput:
-        """The next utterance of B conversations: `forward` with a past and lengths of 1. past: Past() at first."""
-        return self(features, speakers, [1] * len(speakers), present, past)
+    def enriched(self, hidden: dict[str, Tensor], speakers: Tensor, lengths: list[int]) -> dict[str, Tensor]:
+        """What the text anchor attends to: the enriched audio and video as they are."""
+        return hidden
 
 
 class Concat(nn.Module):
-    """The baseline of Figure 3: one utterance at a time, with no view of its conversation.
+    """The baseline of Figure 3: each utterance separately, without its conversation.
 
-    Per modality linear, LayerNorm, dropout; then one module with shared weights (linear, GELU, dropout: the paper does
-    not say what is in it); concatenation; a linear classifier. Input and output as MAGT's, all of it under "text".
+    Per modality linear, LayerNorm, dropout; then one module with shared weights; concatenation; a linear classifier.
+    Where the figure is silent, as the released code: the shared module is d -> 3d -> d with ReLU, a layer with ReLU
+    brings the concatenation to d, and dropout is 0.1. Input and output as MAGT's, all of it under "text", no gates.
     """
 
     def __init__(self, config: FusionConfig):
         super().__init__()
         self.config = config
-        D, drop = config.width, Dropout(config.dropout)
+        D, drop = config.width, nn.Dropout(0.1)
         self.input = nn.ModuleDict(
             {m: nn.Sequential(nn.Linear(width, D), nn.LayerNorm(D), drop) for m, width in config.widths.items()}
         )
-        self.shared = nn.Sequential(nn.Linear(D, D), nn.GELU(), drop)
-        self.classifier = nn.Linear(len(config.widths) * D, config.num_classes)
+        self.shared = nn.Sequential(nn.Linear(D, 3 * D), nn.ReLU(), drop, nn.Linear(3 * D, D))
+        self.merge = nn.Sequential(nn.Linear(len(config.widths) * D, D), nn.ReLU(), drop)
+        self.classifier = nn.Linear(D, config.num_classes)
 
     def forward(self, features: dict[str, Tensor], speakers, lengths: list[int], present=None) -> FusionOutput:
         """See MAGT.forward; the speakers are not used, and the lengths only checked."""
         layers = {m: nn.Sequential(layer, self.shared) for m, layer in self.input.items()}
-        x = torch.cat(list(read_inputs(layers, self.config, features, speakers, lengths, present).values()), dim=-1)
-        return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x})  # x: [N, modalities * D]
+        parts = read_inputs(layers, self.config, features, speakers, lengths, present or {})
+        x = self.merge(torch.cat(list(parts.values()), dim=-1))  # [N, D]
+        return FusionOutput({TEXT: self.classifier(x)}, {TEXT: x}, {})
 
 
 def read_inputs(layers, config, features, speakers, lengths, present) -> dict[str, Tensor]:
-    """Checks a model's inputs, and puts each modality through its layer; zero where missing. {modality: [N, D]}"""
-    N, present = sum(lengths), present or {}
+    """Checks a model's inputs, and applies each modality's layer; zero where missing. {modality: [N, D]}"""
+    N = sum(lengths)
     if features.keys() != config.widths.keys():
         raise ValueError(f"the model was made for {sorted(config.widths)}, got features {sorted(features)}")
     if not lengths or min(lengths) < 1:
@@ -259,7 +240,7 @@ def read_inputs(layers, config, features, speakers, lengths, present) -> dict[st
 
 
 def input_layers(config: FusionConfig) -> nn.ModuleDict:
-    """Per modality: F_m as it comes, or through a linear layer where d_m is not D; then the LayerNorm."""
+    """Per modality: a linear layer where d_m is not D, then the LayerNorm."""
 
     def layer(width: int) -> nn.Module:
         linear = nn.Identity() if width == config.width else nn.Linear(width, config.width)
@@ -269,18 +250,17 @@ def input_layers(config: FusionConfig) -> nn.ModuleDict:
 
 
 def speaker_embedding(config: FusionConfig) -> nn.Embedding:
-    """Eq. 17. Row 0, a speaker never seen in training, is always zero; the others begin near it."""
+    """Eq. 17. Row 0, a speaker that training never saw, is always zero; the others start near zero."""
     embedding = nn.Embedding(config.num_speakers + 1, config.width, padding_idx=0)
     with torch.no_grad():
         embedding.weight *= 0.02
     return embedding
 
 
-def positions_and_speakers(embedding: nn.Embedding, speakers: Tensor, lengths: list[int], starts: list[int]) -> Tensor:
-    """PE + SE of the utterances, [N, D]: Eq. 15-17. The first utterance of conversation b has position starts[b]."""
-    ends = [start + length for start, length in zip(starts, lengths)]
-    table = sinusoidal_positions(max(ends), embedding.embedding_dim, speakers.device)
-    return torch.cat([table[start:end] for start, end in zip(starts, ends)]) + embedding(speakers)
+def positions_and_speakers(embedding: nn.Embedding, speakers: Tensor, lengths: list[int]) -> Tensor:
+    """PE + SE, [N, D]: Eq. 15-17. The first utterance of a conversation has position 0."""
+    table = sinusoidal_positions(max(lengths), embedding.embedding_dim, speakers.device)
+    return torch.cat([table[:length] for length in lengths]) + embedding(speakers)
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -1,20 +1,14 @@
 """The benchmark: are the complexity claims of the paper's section 4.7 true, and when? `pytest bench/ --benchmark-only`.
 
 mult.py       MulT, the frame-level baseline
-measure.py    FLOPs, bytes, the machine's own rate
-lengths.py    how many utterances the conversations of IEMOCAP and MELD have
-grid.py       what is measured: the settings, the sizes, the inputs
-modes.py      the ways to run MAGT that are compared: padded attention, bfloat16, torch.compile, CUDA graph
-test_*.py     the measurements themselves (test_grid.py, test_parts.py), and tests of this folder's own code
-verdicts.py   what the measurements say about each claim
-tables.py     results/*.json as text
-plots.py      figures, and the tables again: `python -m bench.plots`
-speed.py      both stages with and without what was done about speed: `python -m bench.speed`
+cost.py       FLOPs counted three ways, bytes, the machine's own rates
+cases.py      what is measured: models, lengths, inputs, the stage-2 step, the encoders of stage 1
+test_cases.py the measurements; the other test_*.py test this folder's own code
+report.py     numbers, tables and the figure from results/<device>.json: `python -m bench.report`
 """
 
 import os
 
-# Before torch is imported. A thread that waits for another one spins for some tens of microseconds, then sleeps.
-# Without spinning, a step takes a tenth longer on an idle machine; with torch's long spinning, ten times longer on a
-# busy one.
+# Set before torch is imported. A waiting OpenMP thread spins briefly, then sleeps. The default, long spinning makes a
+# step 2.5 times slower on a busy machine, and changes nothing on an idle one.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

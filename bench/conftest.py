@@ -1,9 +1,8 @@
-"""How a bench reports: the `row` fixture, the results of a whole run in results/, the verdicts at the end.
+"""How a measurement is taken and kept: the `record` fixture, results/<device>.* after a complete run, a summary.
 
-Results are written only by a timed run in which every bench of bench/ ran and passed.
+Results are written only by a timed run in which every measurement of test_cases.py ran and everything passed.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -11,109 +10,81 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench.grid import DEVICE
-from bench.measure import SEED, THREADS, environment, gemm_rates, synchronize
-from bench.plots import figure
-from bench.tables import markdown, results_path, verdict_text
+from bench import cases, cost, report
+from bench.cases import DEVICE
 
-ROWS, RATES = pytest.StashKey[list[dict]](), pytest.StashKey[dict[str, float]]()
-PARTIAL, WRITTEN = pytest.StashKey[bool](), pytest.StashKey[Path]()
-BUSY = pytest.StashKey[float]()
+ROWS, WRITTEN, LOAD = pytest.StashKey[list[dict]](), pytest.StashKey[Path](), pytest.StashKey[float]()
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
-    config.stash[BUSY] = os.getloadavg()[0]  # what else ran on the machine before the run
+    config.stash[LOAD] = os.getloadavg()[0]  # what else ran on the machine before the run
 
 
 @pytest.fixture
 def timed(pytestconfig) -> bool:
-    """False under --benchmark-disable: every bench runs once, and small."""
+    """False under --benchmark-disable: every measurement runs once, and small."""
     return not pytestconfig.getoption("benchmark_disable")
 
 
 @pytest.fixture(autouse=True)
-def _pinned():
-    """The same threads and the same seed for each test of this folder; threads as before afterwards."""
+def _same_threads_and_seed():
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(SEED)
+    torch.set_num_threads(cost.THREADS)
+    torch.manual_seed(cost.SEED)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def rates(pytestconfig, timed) -> dict[str, float]:
-    """The machine's own float32 matrix-product rates in FLOP/s, measured once a run."""
-    if RATES not in pytestconfig.stash:
-        pytestconfig.stash[RATES] = gemm_rates(DEVICE) if timed else gemm_rates(DEVICE, (64,), 1)
-    return pytestconfig.stash[RATES]
+def record(benchmark, pytestconfig):
+    """record(function, rounds, reference, kind=.., ..) times function, keeps a row of results, returns function().
 
-
-@pytest.fixture
-def row(benchmark, pytestconfig, request):
-    """row(function, rounds, kind=.., flops=.., bytes=.., params=.., ..) times function and keeps one row of results.
-
-    Everything named goes into the row and into extra_info; on CUDA the allocator's peak too. The tensors that function
-    returns must be finite.
+    The row has the named facts, and if rounds > 1 the seconds of each round and the peak in bytes. reference: a
+    function that is timed before each round, for ratios that do not depend on what else the machine does meanwhile.
+    The result must be finite.
     """
 
-    def run(function, rounds, **facts):
+    def run(function, rounds=cases.ROUNDS, reference=None, **facts):
         def synchronized():
             result = function()
-            synchronize(DEVICE)
+            cost.synchronize(DEVICE)
             return result
 
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        result = benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=1, iterations=1)
-        if DEVICE == "cuda":
-            facts["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+        pairs = []
+        if rounds > 1:
+            facts["peak_bytes"] = cost.peak_bytes(function, DEVICE)  # also the warm-up
+        if reference is not None:
+            reference()
+        setup = None if reference is None else lambda: pairs.append(cost.seconds(reference, DEVICE))
+        result = benchmark.pedantic(synchronized, setup=setup, rounds=rounds)
         benchmark.group = facts["kind"]
-        benchmark.extra_info.update(facts)
         for x in tree_leaves(result):
             assert not isinstance(x, torch.Tensor) or torch.isfinite(x).all(), "a result is not finite"
         if benchmark.enabled:
-            stats = benchmark.stats.stats
-            spread = {"seconds": stats.median, "seconds_iqr": stats.iqr, "rounds": stats.rounds}
-            pytestconfig.stash[ROWS].append({"name": request.node.name, **facts, **spread})
+            if rounds > 1:
+                facts["seconds"] = [round(x, 6) for x in benchmark.stats.stats.data]
+            if pairs:
+                facts["reference_seconds"] = [round(x, 6) for x in pairs]
+            pytestconfig.stash[ROWS].append(facts)
         return result
 
     return run
 
 
-def pytest_deselected(items):
-    if items:
-        items[0].config.stash[PARTIAL] = True
-
-
-def _is_whole(session, exitstatus) -> bool:
-    """Whether each bench of this folder was collected, timed and passed (those that need CUDA, where it is)."""
-    benches = [item for item in session.items if "row" in getattr(item, "fixturenames", ())]
-    can_run = [item for item in benches if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
-    return (
-        exitstatus == pytest.ExitCode.OK
-        and session.config.stash[ROWS]
-        and len(session.config.stash[ROWS]) == len(can_run)
-        and {item.path.name for item in benches} == {"test_grid.py", "test_parts.py"}
-        and not session.config.stash.get(PARTIAL, False)
-        and not any("::" in argument for argument in session.config.args)
-    )
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
-    if not _is_whole(session, exitstatus):
+    rows = session.config.stash[ROWS]
+    if exitstatus != pytest.ExitCode.OK or len(rows) != cases.ROWS:
         return
-    config = session.config
-    busy = {"load average before": round(config.stash[BUSY], 1)}
-    facts = {**environment(DEVICE), **busy, "gemm_flops_per_s": config.stash[RATES]}
-    path = results_path(facts)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": facts, "rows": config.stash[ROWS]}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(path))
-    figure(path)
-    config.stash[WRITTEN] = path
+    facts = {
+        **cost.environment(DEVICE),
+        "load before": round(session.config.stash[LOAD], 1),
+        "load at the end": round(os.getloadavg()[0], 1),  # two threads of it are the benchmark's own
+        "matrix_rates": cost.matrix_rates(DEVICE, cases.DTYPES),
+    }
+    path = session.config.stash[WRITTEN] = report.results_path(facts)
+    report.save(path, facts, rows)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
@@ -122,8 +93,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("Are the complexity claims of section 4.7 true?")
     if WRITTEN not in config.stash:
-        terminalreporter.line("No verdicts, and no results written: that takes all of bench/, passed.")
+        terminalreporter.line("No results written: that takes all of bench/, passed.")
         return
     path = config.stash[WRITTEN]
-    terminalreporter.line(verdict_text(path))
+    for table in (report.granularity_table, report.crossing_table, report.exponent_table):
+        terminalreporter.line(table(report.load(path)[1]))
     terminalreporter.line(f"Written: bench/results/{path.name}, .md and .png")

@@ -1,4 +1,4 @@
-"""MulT against a second, plain implementation, and what must hold whatever the weights are."""
+"""MulT against a second, plain implementation, and properties that hold whatever the weights are."""
 
 import math
 
@@ -7,20 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.grid import utterances
 from bench.mult import Encoder, Layer, MulT, MulTConfig
 
 WIDTHS = {"text": 30, "audio": 7, "video": 16}  # video's is the width of the model: no projection
-FRAMES = {"text": 5, "audio": 9, "video": 6}
+LENGTHS = {"text": 5, "audio": 9, "video": 6}
 
 
-def make(**changes) -> MulT:
+def make(layers: int = 2, memory_layers: int = 1) -> MulT:
     torch.manual_seed(0)
-    return MulT(MulTConfig(WIDTHS, num_classes=4, **{"width": 16, "heads": 4, "layers": 2, **changes})).eval()
+    return MulT(MulTConfig(WIDTHS, 4, width=16, heads=4, layers=layers, memory_layers=memory_layers)).eval()
+
+
+def random_frames() -> dict[str, Tensor]:
+    return {m: torch.randn(3, LENGTHS[m], width) for m, width in WIDTHS.items()}
 
 
 def plain_embedding(x: Tensor) -> Tensor:
-    """Positions written out number by number."""
+    """Positions number by number."""
     _, length, d = x.shape
     table = torch.zeros(length, d)
     for row in range(length):
@@ -31,79 +34,45 @@ def plain_embedding(x: Tensor) -> Tensor:
 
 
 def plain_layer(layer: Layer, x: Tensor, source: Tensor) -> Tensor:
-    """With torch's own attention module, which holds the packed projection as the authors' does."""
+    """With torch's attention module, which has the authors' packed projection."""
     attention = nn.MultiheadAttention(x.shape[-1], layer.heads, batch_first=True)
-    attention.load_state_dict(
-        {
-            "in_proj_weight": layer.in_proj.weight,
-            "in_proj_bias": layer.in_proj.bias,
-            "out_proj.weight": layer.out_proj.weight,
-            "out_proj.bias": layer.out_proj.bias,
-        }
-    )
+    attention.in_proj_weight, attention.in_proj_bias = layer.in_proj.weight, layer.in_proj.bias
+    attention.out_proj.load_state_dict(layer.out_proj.state_dict())
     key = layer.norm1(source)
     x = x + attention(layer.norm1(x), key, key)[0]
     return x + layer.fc2(F.relu(layer.fc1(layer.norm2(x))))
 
 
+def plain_encoder(encoder: Encoder, x: Tensor, source: Tensor | None = None) -> Tensor:
+    x, source = plain_embedding(x), None if source is None else plain_embedding(source)
+    for layer in encoder.layers:
+        x = plain_layer(layer, x, x if source is None else source)
+    return encoder.norm(x)
+
+
 def plain_mult(model: MulT, frames: dict[str, Tensor]) -> Tensor:
-    def cross(encoder: Encoder, x: Tensor, source: Tensor) -> Tensor:
-        x, source = plain_embedding(x), plain_embedding(source)
-        for layer in encoder.layers:
-            x = plain_layer(layer, x, source)
-        return encoder.norm(x)
-
-    def memory(encoder: Encoder, x: Tensor) -> Tensor:
-        x = plain_embedding(x)
-        for layer in encoder.layers:
-            x = plain_layer(layer, x, x)
-        return encoder.norm(x)
-
     t, a, v = (model.project[m](frames[m]) for m in ("text", "audio", "video"))
-    net = model.cross
-    t2 = torch.cat([cross(net["text<-audio"], t, a), cross(net["text<-video"], t, v)], dim=2)
-    a2 = torch.cat([cross(net["audio<-text"], a, t), cross(net["audio<-video"], a, v)], dim=2)
-    v2 = torch.cat([cross(net["video<-text"], v, t), cross(net["video<-audio"], v, a)], dim=2)
-    h = torch.cat([memory(model.memory[m], x)[:, -1] for m, x in (("text", t2), ("audio", a2), ("video", v2))], dim=1)
+    cross = {name: lambda x, source, e=e: plain_encoder(e, x, source) for name, e in model.cross.items()}
+    streams = {
+        "text": [cross["text<-audio"](t, a), cross["text<-video"](t, v)],
+        "audio": [cross["audio<-text"](a, t), cross["audio<-video"](a, v)],
+        "video": [cross["video<-text"](v, t), cross["video<-audio"](v, a)],
+    }
+    last = [plain_encoder(model.memory[m], torch.cat(pair, dim=2))[:, -1] for m, pair in streams.items()]
+    h = torch.cat(last, dim=1)
     return model.classifier(h + model.residual2(F.relu(model.residual1(h))))
 
 
-@pytest.mark.parametrize("changes", [{}, {"layers": 4}, {"layers": 1, "memory_layers": 1}])
-def test_equals_the_plain_implementation(changes):
-    model = make(**changes)
-    frames, masks = utterances([FRAMES] * 3, WIDTHS, "cpu")
+@pytest.mark.parametrize("layers, memory_layers", [(2, 1), (4, 4), (1, 3)])
+def test_equals_the_plain_implementation(layers, memory_layers):
+    model, frames = make(layers, memory_layers), random_frames()
     torch.testing.assert_close(model(frames), plain_mult(model, frames), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(frames, masks), plain_mult(model, frames), rtol=1e-5, atol=1e-5)
 
 
-def test_memories_have_the_layers_of_the_authors_rule():
-    for layers, expected in ((1, 3), (3, 3), (5, 5)):
-        assert {len(memory.layers) for memory in make(layers=layers).memory.values()} == {expected}
-    assert {len(memory.layers) for memory in make(layers=1, memory_layers=1).memory.values()} == {1}
-
-
-def test_padding_changes_nothing():
-    model = make()
-    lengths = [dict(text=5, audio=9, video=6), dict(text=1, audio=4, video=8), dict(text=3, audio=1, video=1)]
-    frames, masks = utterances(lengths, WIDTHS, "cpu")
-    together = model(frames, masks)
-    for m in frames:
-        frames[m][~masks[m]] = 1e4
-    torch.testing.assert_close(model(frames, masks), together)
-    for i, many in enumerate(lengths):
-        alone = {m: x[i : i + 1, : many[m]] for m, x in frames.items()}
-        torch.testing.assert_close(plain_mult(model, alone)[0], together[i], rtol=1e-5, atol=1e-5)
-
-
-def test_every_parameter_gets_a_gradient():
-    model = make().train()
-    model(*utterances([FRAMES] * 3, WIDTHS, "cpu")).square().sum().backward()
-    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not idle
-
-
-def test_dropout_is_on_in_training_only():
-    model, inputs = make(), utterances([FRAMES] * 3, WIDTHS, "cpu")
-    assert torch.equal(model(*inputs), model(*inputs))
+def test_dropout_and_gradients():
+    model, frames = make(), random_frames()
+    assert torch.equal(model(frames), model(frames))
     model.train()
-    assert not torch.equal(model(*inputs), model(*inputs))
+    assert not torch.equal(model(frames), model(frames))
+    model(frames).square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -1,13 +1,11 @@
-"""What people use around the method; nothing in the five modules at the top needs it, except the command line.
+"""What is used around the method. The five modules work without this folder.
 
-cli.py          the command line: options, a run from start to end, errors
-runs.py         a run's folder: one owner, one configuration
-report.py       metrics.json, report.md, tables; figures.py draws
-experiments.py  bootstrap, ablation, sweep, the authors' variants compared; context.py a baseline of our own
-anatomy.py      what MAGT's anchors hear (--anatomy), anatomy_page.py its page; own_utterance.py a variant of MAGT
-check.py        is it the corpus of the paper? (--check); machine.py  a GPU that cannot be used, days on a CPU
-released.py     what the authors' released code does differently (--preset released)
-predict.py      emotions of a conversation of your own, by a finished run
-pickles.py      the authors' published features, read without running any code in them
-demo.py         the made-up corpus; tiny.py its small encoders with random weights
+demo          the synthetic corpus in IEMOCAP's layout, and small encoders with random weights
+variants      Context, and the released code's differences in stage 2
+report        scores, intervals, tables, figures
+check         --check: is a copy of a corpus complete, and what will a run need?
+experiments   a sweep of alpha and beta; the differences one at a time
+predict       emotions of your own conversation, by a finished run
+tour          one conversation of a run through Eq. 1 to 25
+pickles       a converter from the field's feature pickles to a feature file
 """

@@ -1,83 +1,114 @@
 """`--check`: is this the corpus of the paper, and what will a run need? Reads labels and file names; decodes nothing.
 
-Not here: reading the corpora (data.py), decoding (encoders.py).
+Hours are arithmetic: the weights of the encoders times the positions (tokens, audio frames, patches) of the corpus.
 """
 
+import json
+import math
 import os
 import shutil
+import timeit
+from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, Corpus, InputError
-from encoders import MAX_SECONDS, MediaStore, video_shape
+import torch
+
+from data import SPLITS, Conversation, Corpus, InputError
+from encoders import MAX_SECONDS, MediaStore
 from fusion import TEXT
-from magtkd import Config
 
-# Conversations and utterances of train/dev/test. IEMOCAP's dev is drawn from sessions 1-4, so its utterances count
-# together with train's. A strict reading of IEMOCAP leaves out 53 turns that other people's lists call happy.
+# Conversations of train, dev and test; utterances in all; how many of them may have no file. A strict reading of
+# IEMOCAP leaves out 53 turns that other people's lists call happy.
 EXPECTED = {
-    "IEMOCAP": {"conversations": (108, 12, 31), "utterances": (5810, 1623), "may be missing": 53, "no file": 0},
-    "MELD": {"conversations": (1038, 114, 280), "utterances": (9989, 1109, 2610), "may be missing": 0, "no file": 1},
+    "IEMOCAP": ([108, 12, 31], range(7433 - 53, 7433 + 1), 0),
+    "MELD": ([1038, 114, 280], range(13_708, 13_708 + 1), 1),
 }
-FRAMES = (8, 224)  # number and pixels of the published TimeSformer's, where the checkpoint is no folder here
-DECODING = 0.016  # seconds of one core per utterance: 5,040 made-up utterances in 41 s of two cores (pytest -m slow)
-NAMES = {"audio": "sound", "video": "film"}
+WEIGHTS = {"text": 303e6, "audio": 90e6, "video": 121e6}  # of the layers of the published checkpoints (Table 1)
+AUDIO_RATE, PATCHES = 50, 8 * 14 * 14  # positions: per second of audio; of 8 frames of 224 pixels
+SECONDS = 4.0  # of an utterance without times
+TOKENS_PER_WORD, TOKENS_PER_TURN = 1.3, 3  # "<s1>:" before each utterance of the context
+PROMPT_TOKENS = 12  # of "For <s1>:", "Now <s1> feels <mask>" and the tokens of start and end
+TRAINING, ENCODING = 6, 2  # FLOPs per weight and position: forward and backward, forward
+SHARE = 0.4  # of a matrix product's rate: what training is assumed to reach
+H100 = 150e12  # FLOP/s in bfloat16 that training is assumed to reach there
 
 
-def check(corpus: Corpus, root: Path, config: Config, out: Path) -> None:
-    """Prints what was found against what is expected. Errors: InputError that says what is not the paper's corpus."""
-    expected, wrong, everyone = EXPECTED[corpus.name], [], corpus.utterances()
-    conversations = [len(corpus.splits[split]) for split in SPLITS]
-    utterances = [len(corpus.utterances(split)) for split in SPLITS]
-    if corpus.name == "IEMOCAP":
-        utterances = [utterances[0] + utterances[1], utterances[2]]
-    print(f"{corpus.name} at {root}\n  {'':34}{'found':>18}{'expected':>18}")
-    for what, found in (("conversations", conversations), ("utterances", utterances)):
-        splits = "train/dev/test" if len(found) == 3 else "train and dev/test"
-        print(f"  {f'{what}, {splits}':34}{slashes(found):>18}{slashes(expected[what]):>18}")
-    fewer = [e - n for n, e in zip(utterances, expected["utterances"])]
-    if tuple(conversations) != expected["conversations"]:
-        wrong.append("other conversations than the paper's")
-    if any(n < 0 for n in fewer) or sum(fewer) > expected["may be missing"]:
-        wrong.append("other utterances than the paper's")
-
-    wanted = [m for m in config.modalities if m != TEXT]
-    for m in wanted:
+def check(corpus: Corpus, root: Path, config, out: Path, device: str | None = None) -> None:
+    """Prints what was found and what a run needs. config: a magtkd.Config. Errors: InputError for another corpus."""
+    is_csv = Path(root).is_file()  # it may have the name MELD.csv
+    everyone, wrong, may_lack = corpus.utterances(), [], len(corpus.utterances())
+    print("\n  ".join([f"{corpus.name} at {root}", *corpus.notes]))
+    if not is_csv:
+        conversations, utterances, may_lack = EXPECTED[corpus.name]
+        print(f"  expected: {'/'.join(map(str, conversations))} conversations, {utterances[-1]} utterances")
+        if [len(corpus.splits[s]) for s in SPLITS] != conversations or len(everyone) not in utterances:
+            wrong.append("other conversations or utterances than the paper's")
+    for m in (m for m in config.modalities if m != TEXT):
         missing = sum(getattr(u, m) is None for u in everyone)
-        print(f"  {f'utterances without {NAMES[m]}':34}{missing:>18,}{expected['no file']:>18,}")
-        if missing > expected["no file"]:
-            wrong.append(f"{missing:,} of {len(everyone):,} utterances without {NAMES[m]}")
-    for note in corpus.notes[1:]:
-        print(f"  - {note}")
-    if wanted:
-        print_needs(corpus, config, out / "media", wanted)
-    for m in config.modalities:
-        steps = config.stage1_epochs[m] * -(-len(corpus.utterances("train")) // config.stage1_batch)
-        print(f"  training, {m}: {steps:,} steps of {config.stage1_batch} utterances")
-    print("  How long a step takes depends on the machine: the first epoch's line in log.jsonl tells.")
+        if missing > may_lack or any(all(getattr(u, m) is None for u in corpus.utterances(s)) for s in SPLITS):
+            wrong.append(f"{missing} of {len(everyone)} utterances without {m}")
+    labels = Counter(corpus.label_names[u.label] for u in everyone)
+    print(f"  labels: {', '.join(f'{name} {n}' for name, n in labels.most_common())}")
+    print_needs(corpus, config, out / "media", device)
     if wrong:
-        raise InputError(
-            f"{corpus.name} at {root} is not the corpus of the paper: {'; '.join(wrong)}. Unpack what is missing, or "
-            "train on what is there with --modalities (say --modalities text)"
-        )
-    print("This is the corpus of the paper.")
+        what = "not complete" if is_csv else "not the corpus of the paper"
+        remedy = "Add what is missing, or train on what is there with --modalities (for example --modalities text)"
+        raise InputError(f"{corpus.name} at {root} is {what}: {'; '.join(wrong)}. {remedy}")
+    print("This csv can be trained on." if is_csv else "This is the corpus of the paper.")
 
 
-def print_needs(corpus: Corpus, config: Config, folder: Path, wanted: list[str]) -> None:
-    """Seconds of sound, disk, and time of the decoding."""
-    everyone, frames = corpus.utterances(), FRAMES
-    if "video" in wanted and Path(config.video_model).is_dir():  # the hub is not asked: that may take a minute
-        frames = video_shape(config.video_model)
-    store = MediaStore(folder, (), *frames)
-    need = sum(store.bytes_for(u, m) for u in everyone for m in wanted)
-    free = shutil.disk_usage(next(p for p in Path(os.path.realpath(folder)).parents if p.exists())).free
-    print(f"  disk for decoded media: {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free")
-    if "audio" in wanted:
-        seconds = sum(4.0 if u.end is None else min(u.end - u.start, MAX_SECONDS) for u in everyone)
-        timed = all(u.end is not None for u in everyone)
-        print(f"  sound: about {seconds:,.0f} s ({'by the times in the labels' if timed else 'at 4 s an utterance'})")
-    minutes = len(everyone) * DECODING / 60
-    print(f"  decoding: about {minutes:.0f} minutes of one core, if real files take as long as made-up ones")
+def print_needs(corpus: Corpus, config, media: Path, device: str | None) -> None:
+    """Disk, hours and GPU memory."""
+    store, total = MediaStore(media, ()), 0.0
+    need = sum(store.bytes_for(u, m) for u in corpus.utterances() for m in config.modalities if m != TEXT)
+    free = shutil.disk_usage(next(p for p in Path(os.path.realpath(media)).parents if p.exists())).free
+    print(f"  disk for decoded media: {need / 1e9:.1f} GB in {media}; {free / 1e9:.1f} GB are free")
+    for m in config.modalities:
+        train, dev, test = (sum(sum(positions(c, m, config)) for c in corpus.splits[s]) for s in SPLITS)
+        trainings, epochs = 2 if m == "audio" else 1, config.stage1_epochs[m]  # A, and A_KD from it
+        # Every epoch trains on train and encodes dev; at the end all splits are encoded.
+        each = epochs * (TRAINING * train + ENCODING * dev) + ENCODING * (train + dev + test)
+        flops = trainings * each * layer_weights(getattr(config, f"{m}_model"), m)
+        steps = trainings * epochs * math.ceil(len(corpus.utterances("train")) / config.stage1_batch)
+        print(f"  {m}: {train + dev + test:,.0f} positions, {steps:,} steps, {flops / 1e15:,.1f} PFLOP")
+        total += flops
+    here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"  stage 1, by arithmetic: {total / 1e15:,.1f} PFLOP (attention products and decoding not counted)")
+    for name, rate in ((f"this {here.type}", SHARE * matmul_rate(here)), ("an H100 (assumed)", H100)):
+        print(f"    {total / rate / 3600:,.1f} hours at {rate / 1e12:.3g} TFLOP/s, {name}")
+    print("  GPU memory for Table 1's models, batches of 4, half precision: text 9 GB, audio 5, video 5 (arithmetic)")
 
 
-def slashes(numbers) -> str:
-    return "/".join(f"{n:,}" for n in numbers)
+def positions(conversation: Conversation, modality: str, config) -> list[float]:
+    """How many positions an encoder's transformer has for each utterance."""
+    if modality == "audio":
+        times = [SECONDS if u.end is None else u.end - (u.start or 0.0) for u in conversation.utterances]
+        return [AUDIO_RATE * min(max(0.0, t), MAX_SECONDS) for t in times]
+    if modality == "video":
+        return [PATCHES] * len(conversation.utterances)
+    context, prompts = 0.0, []
+    for u in conversation.utterances:
+        tokens = TOKENS_PER_WORD * len(u.text.split())
+        context += tokens + TOKENS_PER_TURN
+        prompts.append(min(context + tokens + PROMPT_TOKENS, config.max_tokens))
+    return prompts
+
+
+def layer_weights(checkpoint: str, modality: str) -> float:
+    """Weights of a transformer's layers, without embeddings. A hub name counts as the published model's."""
+    path = Path(checkpoint) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "intermediate_size" not in config:
+        return WEIGHTS[modality]
+    # Query, key, value and output; TimeSformer has them a second time, over time, and one matrix more.
+    attention = 9 if config.get("model_type") == "timesformer" else 4
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    return float(config["num_hidden_layers"] * (attention * hidden**2 + 2 * hidden * inner))
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product: in bfloat16 on a GPU, in float32 on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=20)  # item() waits for a GPU
+    return 2 * n**3 / min(seconds)

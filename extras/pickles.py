@@ -1,292 +1,190 @@
-"""The features that the paper's authors published, as pickles, read without running anything that is in them.
+"""Converts pickles of features to a feature file, without running anything that is in them.
 
-A folder with first_stage_{train,dev,test}_features.pkl; each a dict of `text`, `audio`, `video`, `audio_kd`, `video_kd`
-(any of these but the first may be absent), `speakers` and `labels`, dicts from a conversation's id to a list with an
-entry per utterance; `vids`, the ids of the conversations, and `dia2utt`, which is not needed here.
+    python -m extras.pickles INPUT OUT.safetensors [--seed N]
 
-A pickle is a program: to load it is to run it. Here, only the parts of the language that make dicts, lists, tuples,
-strings, numbers and NumPy arrays of numbers work; NumPy's own functions have stand-ins that build nothing else. A small
-pickle can also stand for gigabytes, by naming one list again and again: nothing here unfolds such a list.
-
-Not here: the feature file (data.py), into whose shape this is brought.
+INPUT is a folder with the authors' first_stage_{train,dev,test}_features.pkl: each a dict of fields (text, audio,
+video, audio_kd, video_kd, labels, speakers), each of them a dict from a conversation's id to a list with one entry per
+utterance. Or it is IEMOCAP_features.pkl, IEMOCAP_features_raw.pkl, MELD_features_raw.pkl or MELD_features_raw1.pkl: a
+list of such dicts (ids of utterances, speakers, labels, text, audio, perhaps video, sentences), then the ids of the
+train and of the test conversations. MELD's dev set is part of train; elsewhere a tenth of train's conversations is
+drawn by --seed, for IEMOCAP the same that `data.read_iemocap` draws.
 """
 
-import io
-import math
+import argparse
+import codecs
 import pickle
-import re
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data import KINDS, SPLITS, FeatureFile, InputError
-from extras.features import check_features
+from data import KINDS, SPLITS, FeatureFile, InputError, check_features, write_features
 
-PLAIN = re.compile(r"[<>=|]?[fiubUS?]\d*")  # numpy's codes for numbers and strings, and for nothing that holds objects
-
-
-class _RefusedError(Exception):
-    """The pickle holds something else than plain values; the message says what."""
+IEMOCAP_LABELS = ("happy", "sad", "neutral", "angry", "excited", "frustrated")  # the field's, for 0, 1, ..
+MELD_LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
+MELD_DEV = [str(i) for i in range(1039, 1153)]  # the ids of MELD's dev conversations
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: a code of PLAIN, and the order of its bytes."""
+    """Stands in for numpy.dtype: the state of a real one can declare any bytes to be pointers to objects."""
 
-    def __init__(self, code: str, align: bool = False, copy: bool = False):
-        if not (isinstance(code, str) and PLAIN.fullmatch(code)):
-            raise _RefusedError(f"an array of {code!r}")
+    def __init__(self, code: str, *flags: bool):
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        if isinstance(state[1], str) and state[1] in "<>":
-            self.dtype = self.dtype.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
-    """Stands in for numpy.ndarray while it is put together: `value` in the end."""
-
+class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = _frombuffer(data, dtype, shape, "F" if fortran else "C")
+        version, shape, dtype, fortran, content = state
+        super().__setstate__((version, shape, dtype.dtype, fortran, content))
 
 
-def _reconstruct(cls: type, shape: tuple, code: bytes) -> _Array:
-    if cls is not _Array:
-        raise _RefusedError("an array of a class of its own")
-    return _Array()
+def _frombuffer(content: bytes | str, dtype: _Dtype, shape: tuple = (), order: str = "C") -> np.ndarray:
+    content = content.encode("latin1") if isinstance(content, str) else content  # str: of Python 2
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
 
 
-def _frombuffer(data: bytes | str, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
-    if not isinstance(dtype, _Dtype):
-        raise _RefusedError("an array of an unknown type")
-    data = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: of Python 2
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
-
-
-def _scalar(dtype: _Dtype, data: bytes | str) -> Any:
-    return _frombuffer(data, dtype, (), "C").item()
-
-
-ALLOWED: dict[tuple[str, str], Any] = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): _Array}
+ALLOWED = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): _Array, ("_codecs", "encode"): codecs.encode}
+ALLOWED |= {("builtins", "set"): set, ("__builtin__", "set"): set}
 for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
-    ALLOWED |= {(f"{_core}.multiarray", "_reconstruct"): _reconstruct, (f"{_core}.multiarray", "scalar"): _scalar}
-    ALLOWED |= {(f"{_core}.numeric", "_frombuffer"): _frombuffer}
+    ALLOWED[f"{_core}.multiarray", "_reconstruct"] = lambda cls, shape, code: _Array(0)  # its state follows
+    ALLOWED[f"{_core}.multiarray", "scalar"] = lambda dtype, content: _frombuffer(content, dtype)[()]
+    ALLOWED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: its memo is a dict, so that a large index costs nothing
-    def __init__(self, content: bytes):
-        super().__init__(io.BytesIO(content), encoding="latin1")
-        self.encoded: dict[str, bytes] = {}
-
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return self.encode
         if (module, name) not in ALLOWED:
-            raise _RefusedError(f"{module}.{name}, which is neither of Python's plain types nor NumPy's")
+            raise InputError(f"{module}.{name}")
         return ALLOWED[module, name]
-
-    def encode(self, text: str, encoding: str) -> bytes:
-        """How the oldest protocols write bytes. Once per text: a pickle may ask for the same a million times."""
-        if encoding != "latin1":
-            raise _RefusedError(f"bytes in {encoding!r}")
-        if text not in self.encoded:
-            self.encoded[text] = text.encode(encoding)
-        return self.encoded[text]
-
-    # Keys are strings and numbers alone: to hash a tuple of tuples of tuples can take for ever.
-    def load_setitem(self) -> None:
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_dict()
-
-    def load_build(self) -> None:
-        if not isinstance(self.stack[-2], (_Array, _Dtype)):
-            raise _RefusedError(f"a state for an object of type {type(self.stack[-2]).__name__}")
-        super().load_build()
-
-    def _check_keys(self, keys: list) -> None:
-        for key in keys:
-            if not isinstance(key, (str, int, float, bytes)):
-                raise _RefusedError(f"a key of type {type(key).__name__}")
-
-    def refuse(self) -> None:
-        raise _RefusedError("a set, or an object of another class")
-
-    dispatch = dict(pickle._Unpickler.dispatch) | {
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.BUILD[0]: load_build,
-    }
-    for _code in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.INST):
-        dispatch[_code[0]] = refuse
-    for _code in (pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.BINPERSID):
-        dispatch[_code[0]] = refuse
-
-
-def _plain(x: Any, known: dict[int, Any]) -> Any:
-    """The same with arrays in place of their stand-ins; what is named twice is one object still."""
-    if id(x) in known:
-        return known[id(x)]
-    if isinstance(x, (dict, list)):
-        known[id(x)] = y = type(x)()  # before what is in it, which may name it again
-        if isinstance(x, dict):
-            y.update((k, _plain(v, known)) for k, v in x.items())
-        else:
-            y.extend(_plain(v, known) for v in x)
-    elif isinstance(x, tuple):
-        y = tuple(_plain(v, known) for v in x)
-    elif isinstance(x, _Array):
-        y = x.value
-    elif x is None or isinstance(x, (str, bytes, int, float, np.ndarray)):
-        y = x
-    else:
-        raise _RefusedError(f"an object of type {type(x).__name__}")
-    known[id(x)] = y
-    return y
 
 
 def load_pickle(path: Path) -> Any:
-    """What a pickle of dicts, lists, tuples, strings, numbers and arrays holds. Errors: InputError for any other."""
+    """The content of a pickle of dicts, lists, sets, tuples, strings, numbers and arrays. InputError for any other."""
     try:
-        content = _Unpickler(Path(path).read_bytes()).load()
-        return _plain(content, {})
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
-    except _RefusedError as e:
+        with open(path, "rb") as file:
+            return _Unpickler(file, encoding="latin1").load()
+    except InputError as e:
         raise InputError(f"{path}: refused, it holds {e}; nothing of it was run") from e
     except Exception as e:  # a damaged pickle makes Python and NumPy raise nearly anything
-        raise InputError(f"{path}: not a whole pickle of plain values ({type(e).__name__})") from e
+        raise InputError(f"{path}: cannot be read as a pickle of plain values ({type(e).__name__})") from e
 
 
-def read_pickles(folder: Path) -> FeatureFile:
-    """The authors' features. Labels and speakers are named by their numbers, if that is what the pickles hold.
-
-    Errors: InputError that names the file, the field, the conversation and the utterance at fault.
-    """
-    paths = {split: Path(folder) / f"first_stage_{split}_features.pkl" for split in SPLITS}
-    if missing := [p.name for p in paths.values() if not p.is_file()]:
-        raise InputError(f"{folder}: {', '.join(missing)} missing; --features wants the authors' three, or one file")
-    contents = {split: load_pickle(path) for split, path in paths.items()}
-    for split, content in contents.items():
-        _check_fields(paths[split], content)
-    kinds = [k for k in KINDS if all(k in content for content in contents.values())]
-    if odd := [k for k in KINDS if k not in kinds and any(k in content for content in contents.values())]:
-        raise InputError(f"{folder}: field {odd[0]!r} is in some of the three files only")
-
-    # A number takes a byte at least: more than that are the same ones named again and again.
-    left = sum(path.stat().st_size for path in paths.values())
-    features: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
-    label, speaker, conversation, split_of, names, utterances = [], [], [], [], [], []
-    for s, (split, content) in enumerate(contents.items()):
-        for vid in content.get("vids", content["text"]):
-            rows = _conversation(paths[split], content, kinds, vid)
-            for kind in kinds:
-                features[kind] += rows[kind]
-                left -= sum(map(len, rows[kind]))
-            if left < 0:
-                raise InputError(f"{paths[split]}: stands for more numbers than it has bytes; write each one out")
-            U = len(rows["text"])
-            label += rows["labels"]
-            speaker += rows["speakers"]
-            conversation += [len(names)] * U
-            split_of += [s] * U
-            names.append(f"{split} {vid}")
-            utterances += [f"{split} {vid} {i}" for i in range(U)]
-
-    label_names, label_index = _number(label, "class")
-    speaker_names, speaker_index = _number(speaker, "speaker")
-    for kind, rows in features.items():
-        if len({len(x) for x in rows}) > 1:
-            i = next(i for i, x in enumerate(rows) if len(x) != len(rows[0]))
-            raise InputError(
-                f"{folder}: field {kind!r}: {utterances[i]} has {len(rows[i])} numbers, the first {len(rows[0])}"
-            )
-    columns = {"label": label_index, "speaker": speaker_index, "conversation": conversation, "split": split_of}
-    tensors = {kind: torch.from_numpy(np.stack(rows)) for kind, rows in features.items()}
-    tensors |= {name: torch.tensor(x) for name, x in columns.items()}
-    all_names = {"label_names": label_names, "speaker_names": speaker_names}
-    all_names |= {"conversation_names": names, "utterance_names": utterances}
-    return check_features(folder, tensors, all_names)
-
-
-def _check_fields(path: Path, content: Any) -> None:
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be a dict of fields, got {type(content).__name__}")
-    for field in ("text", "labels", "speakers"):
-        if field not in content:
-            raise InputError(f"{path}: field {field!r} is missing; it has {', '.join(map(_show, content)) or 'none'}")
-    for field in (*KINDS, "labels", "speakers"):
-        if field in content and not isinstance(content[field], dict):
-            raise InputError(f"{path}: field {field!r} must be a dict of conversations")
-    vids = content.get("vids", content["text"])
-    if not isinstance(vids, (dict, list, tuple, np.ndarray)) or not len(vids):
-        raise InputError(f"{path}: field 'vids' must name the conversations, got {_show(vids)}")
-    if odd := [vid for vid in vids if not isinstance(vid, (str, int, float, np.generic))]:
-        raise InputError(f"{path}: field 'vids': a conversation is named by text or a number, not {_show(odd[0])}")
-
-
-def _conversation(path: Path, content: dict, kinds: list[str], vid: Any) -> dict[str, list]:
-    """One conversation: arrays [d] float32 per utterance for each kind; numbers or strings for labels and speakers."""
-    rows: dict[str, list] = {}
-    for field in (*kinds, "labels", "speakers"):
-        where = f"{path}: field {field!r}: conversation {_show(vid)}"
+def convert(path: Path, seed: int = 0) -> FeatureFile:
+    """Prints what was taken as what. Raises InputError that names the file and the field at fault."""
+    parts = _read_folder(path) if path.is_dir() else _read_list(path, seed)
+    conversations = [name for _, ids in parts for name in ids]
+    rows, lengths = {}, []
+    for field in parts[0][0]:
         try:
-            values = content[field][vid]
-        except (KeyError, TypeError) as e:
-            raise InputError(f"{where} is missing") from e
-        if not isinstance(values, (list, tuple, np.ndarray)):
-            raise InputError(f"{where} must be a list with an entry per utterance, got {type(values).__name__}")
-        if len(values) != len(rows.get("text", values)) or not len(values):
-            raise InputError(f"{where} has {len(values)} utterances, its text {len(rows.get('text', values))}")
-        convert = _vector if field in kinds else _name
-        rows[field] = [convert(f"{where}, utterance {i}", x) for i, x in enumerate(values)]
-    return rows
+            entries = [list(fields[field][i]) for fields, ids in parts for i in ids.values()]
+            rows[field] = _read(field, [x for of_one in entries for x in of_one])
+        except (KeyError, ValueError, TypeError, OverflowError) as e:
+            what = "a vector, all of one length" if field in KINDS else "a number from 0, a name or a one-hot vector"
+            raise InputError(f"{path}: field {field!r}: each utterance must have {what} ({e!r:.99})") from e
+        lengths = lengths or [len(x) for x in entries]
+        if odd := [name for name, x, U in zip(conversations, entries, lengths) if len(x) != U]:
+            raise InputError(f"{path}: field {field!r}: conversation {odd[0]!r} must have one entry per utterance")
+    utterances = [f"{name} {i}" for name, U in zip(conversations, lengths) for i in range(U)]
+    ids = rows.pop("ids", np.empty(0))
+    if ids.dtype.kind == "U" and len(np.unique(ids)) == len(ids):
+        utterances = ids.tolist()
+    first = conversations[0]
+    classes = IEMOCAP_LABELS if first.startswith("Ses") else MELD_LABELS if first.isdigit() else ()
+    names = {"conversation_names": conversations, "utterance_names": utterances}
+    names["label_names"], rows["label"] = _number(rows.pop("labels"), "class", classes)
+    names["speaker_names"], rows["speaker"] = _number(rows.pop("speakers"), "speaker")
+    rows["conversation"] = np.repeat(range(len(lengths)), lengths)
+    rows["split"] = np.repeat(range(3), [len(ids) for _, ids in parts])[rows["conversation"]]
+    print("features:", ", ".join(f"{kind} {rows[kind].shape[1]}" for kind in KINDS if kind in rows))
+    print("utterances:", ", ".join(f"{name} {n}" for name, n in zip(SPLITS, np.bincount(rows["split"]))))
+    print("labels:", ", ".join(names["label_names"]))
+    return check_features(path, {name: torch.from_numpy(x) for name, x in rows.items()}, names)
 
 
-def _vector(where: str, x: Any) -> np.ndarray:
-    if isinstance(x, (list, tuple)) and len(x) == 1 and isinstance(x[0], (list, tuple, np.ndarray)):
-        x = x[0]  # [1, d]
-    if isinstance(x, (list, tuple)) and not all(isinstance(number, (int, float, np.generic)) for number in x):
-        raise InputError(f"{where}: no vector of numbers")
-    try:
-        with np.errstate(over="ignore"):  # beyond float32: infinity, which check_features names
-            vector = np.asarray(x, dtype=np.float32).squeeze()
-    except (TypeError, ValueError, OverflowError) as e:
-        raise InputError(f"{where}: no vector of numbers") from e
-    if vector.ndim != 1:
-        raise InputError(f"{where}: wanted a vector, got an array {list(vector.shape)}")
-    return vector
+def _read_folder(folder: Path) -> list[tuple[dict, dict]]:
+    """({field: {id of a conversation: entries}}, {its name: its id}) for each of SPLITS."""
+    parts = []
+    for split in SPLITS:
+        content = load_pickle(path := folder / f"first_stage_{split}_features.pkl")
+        content = content if isinstance(content, dict) else {}
+        fields = {k: content[k] for k in (*KINDS, "labels", "speakers") if isinstance(content.get(k), dict)}
+        if missing := sorted({"text", "labels", "speakers"} - fields.keys()):
+            raise InputError(f"{path}: field {missing[0]!r} is missing; must be a dict with text, labels and speakers")
+        parts.append((fields, _conversations(path, fields["text"], f"{split} ")))  # ids start again in each split
+    return parts
 
 
-def _name(where: str, x: Any) -> int | str:
-    """A label or a speaker: a whole number or a string."""
-    x = x.item() if isinstance(x, (np.ndarray, np.generic)) and x.size == 1 else x
-    if isinstance(x, float) and math.isfinite(x) and x == int(x):
-        x = int(x)
-    if not isinstance(x, (int, str)) or (isinstance(x, int) and x < 0):
-        raise InputError(f"{where}: wanted a number from 0 or a name, got {_show(x)}")
-    return x
+def _read_list(path: Path, seed: int) -> list[tuple[dict, dict]]:
+    content = load_pickle(path)
+    n = sum(isinstance(x, dict) for x in content[:7]) - 1 if isinstance(content, list) else 0  # index of the sentences
+    if not 4 <= n <= 6 or len(content) < n + 3:
+        raise InputError(f"{path}: must be a list of 5 to 7 dicts, then the train and the test conversations")
+    fields = dict(zip(("ids", "speakers", "labels", "text", "audio", "video"), content[:n]))
+    print(f"{path}: a list of {', '.join(fields)}, sentences (not used), train and test conversations")
+    train, test = _conversations(path, content[n + 1]), _conversations(path, content[n + 2])
+    order, how = [name for name in train if name in MELD_DEV], "as in MELD"
+    if not order:
+        order, how = sorted(train), f"drawn with seed {seed}"
+        random.Random(seed).shuffle(order)
+        order = order[: max(1, round(len(order) / 10))]
+    print(f"dev: {len(order)} of the {len(train)} conversations of train, {how}")
+    dev = {name: train.pop(name) for name in sorted(order)}
+    return [(fields, train), (fields, dev), (fields, test)]
 
 
-def _number(values: list[int | str], what: str) -> tuple[list[str], list[int]]:
-    """Names and indices into them, in the order of the numbers or of the alphabet."""
-    known = sorted(set(values), key=lambda x: (isinstance(x, str), x))
-    index = {x: i for i, x in enumerate(known)}
-    return [x if isinstance(x, str) else f"{what} {x}" for x in known], [index[x] for x in values]
+def _conversations(path: Path, ids: Any, prefix: str = "") -> dict[str, Any]:
+    """{name: id}, in the order of the ids."""
+    ids = ids if isinstance(ids, (dict, list, set)) else ()
+    known = np.array([i for i in ids if isinstance(i, (str, int, np.integer))])
+    if known.dtype.kind not in "iuU" or len(known) < len(ids):
+        raise InputError(f"{path}: must name the conversations by text or integers")
+    return {f"{prefix}{i}": i for i in sorted(known.tolist())}
 
 
-def _show(x: Any) -> str:
-    """For a message: a name or a small number as it is; of anything else, which may be endless, its type."""
-    if isinstance(x, str):
-        return repr(x[:40])
-    return repr(x) if isinstance(x, (float, np.generic)) or isinstance(x, int) and abs(x) < 1e9 else type(x).__name__
+def _read(field: str, entries: Any) -> np.ndarray:
+    """[U, d] float32; of labels, speakers and ids [U] numbers or names. Raises ValueError, TypeError, OverflowError."""
+    x = np.array(entries, np.float32 if field in KINDS else None)
+    if field in KINDS:
+        return x.reshape(len(x), -1)
+    if x.ndim == 2 and x.shape[1] > 1 and (np.sort(x) == np.eye(x.shape[1])[-1]).all():
+        x = x.argmax(1)  # one-hot
+    x = x.reshape(len(x))
+    if x.dtype.kind != "U" and ((x < 0).any() or (x % 1 != 0).any()):
+        raise ValueError("negative or fractional")
+    return x if x.dtype.kind == "U" else x.astype(np.int64)
+
+
+def _number(values: np.ndarray, what: str, names: tuple[str, ...] = ()) -> tuple[list[str], np.ndarray]:
+    """Names and indices into them, in the order of the numbers or of the alphabet. names: of 0, 1, .., if known."""
+    known, index = np.unique(values, return_inverse=True)
+    if known.dtype.kind != "U":
+        known = [names[i] if known[-1] < len(names) else f"{what} {i}" for i in known]
+    return [str(name) for name in known], index
+
+
+def main() -> int:
+    from magtkd import run_command  # here, so that the functions above need no more than data.py
+
+    parser = argparse.ArgumentParser(description="Convert pickles of features to a feature file; they are not run.")
+    parser.add_argument("input", type=Path, help="a folder with the authors' pickles, or IEMOCAP_features.pkl, ..")
+    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="a new file")
+    parser.add_argument("--seed", type=int, default=0, help="draws the dev set where there is none")
+    args = parser.parse_args()
+
+    def work() -> None:
+        if args.output.exists():
+            raise InputError(f"{args.output} exists; give a new name")
+        write_features(args.output, convert(args.input, args.seed))
+        print(f"wrote {args.output}")
+
+    return run_command("pickles", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,129 +1,70 @@
-"""--check: is it the corpus of the paper? And what a run says of the machine before hours are spent on it."""
+"""--check: is it the corpus of the paper, and what does a run need?"""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
 
 import magtkd
-from data import Conversation, Corpus, InputError, Utterance
-from extras import check, cli, machine
+from data import SPLITS, Conversation, Corpus, InputError, Utterance
+from encoders import load_backbone
+from extras import check
 from magtkd import CONFIGS
 
-WORDS = dataclasses.replace(CONFIGS["meld"], modalities=("text",))
-
-
-def corpus(name="MELD", train=(1038, 9989), dev=(114, 1109), test=(280, 2610), audio="u.mp4", video="u.mp4", end=3.0):
-    """Of so many conversations and utterances per split, none of which is on disk."""
-
-    def split(name: str, conversations: int, utterances: int) -> list[Conversation]:
-        sizes = [1] * (conversations - 1) + [utterances - conversations + 1]
-        return [
-            Conversation(
-                f"{name}{i}", tuple(Utterance(f"{name}{i}_{k}", "a", "b", 0, audio, video, 0.0, end) for k in range(n))
-            )
-            for i, n in enumerate(sizes)
-        ]
-
-    parts = {"train": split("train", *train), "dev": split("dev", *dev), "test": split("test", *test)}
-    return Corpus(name, ["happy", "sad"], parts, ["made in a test", "a note"])
-
-
-def test_the_papers_meld(tmp_path, capsys):
-    check.check(corpus(), tmp_path, CONFIGS["meld"], tmp_path / "run")
-    said = capsys.readouterr().out
-    assert said.count("1,038/114/280") == 2 and said.count("9,989/1,109/2,610") == 2
-    assert "This is the corpus of the paper." in said and "a note" in said
-    assert "sound: about 41,124 s (by the times in the labels)" in said  # 13,708 x 3 s
-    # int16 at 16 kHz, and 8 frames of 3 x 224 x 224 bytes
-    assert f"disk for decoded media: {13_708 * (3 * 32_000 + 8 * 3 * 224**2) / 1e9:.1f} GB" in said
-    assert "training, text: 24,980 steps of 4 utterances" in said  # 10 epochs of ceil(9,989 / 4)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_papers_iemocap(tmp_path, capsys):
-    """Train and dev count together; 53 turns may be missing, and no more."""
-    given = {"name": "IEMOCAP", "train": (108, 5163), "dev": (12, 647)}
-    check.check(corpus(**given, test=(31, 1623)), tmp_path, CONFIGS["iemocap"], tmp_path / "run")
-    check.check(corpus(**given, test=(31, 1570)), tmp_path, CONFIGS["iemocap"], tmp_path / "run")
-    assert capsys.readouterr().out.count("This is the corpus of the paper.") == 2
-    for test in (1569, 1624):
-        with pytest.raises(InputError, match="other utterances than the paper's"):
-            check.check(corpus(**given, test=(31, test)), tmp_path, CONFIGS["iemocap"], tmp_path / "run")
+MELD = [(1038, 9989), (114, 1109), (280, 2610)]
+IEMOCAP = [(108, 5163), (12, 647)]
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "name, sizes, video, words",
     [
-        ({"train": (1037, 9989)}, "other conversations"),
-        ({"dev": (114, 1108)}, "other utterances"),
-        ({"audio": None}, "13,708 of 13,708 utterances without sound"),
-        ({"video": None}, "13,708 of 13,708 utterances without film"),
+        ("MELD", MELD, "u.mp4", ""),
+        ("MELD", [(1037, 9989), *MELD[1:]], "u.mp4", "other conversations or utterances"),
+        ("MELD", MELD, None, "13708 of 13708 utterances without video.*--modalities text"),
+        ("IEMOCAP", [*IEMOCAP, (31, 1570)], "u.mp4", ""),  # 53 turns may be missing, and no more
+        ("IEMOCAP", [*IEMOCAP, (31, 1569)], "u.mp4", "other conversations or utterances"),
+        ("IEMOCAP", [*IEMOCAP, (31, 1624)], "u.mp4", "other conversations or utterances"),
     ],
 )
-def test_what_is_not_the_papers(changes, words, tmp_path):
-    with pytest.raises(InputError, match=words) as error:
-        check.check(corpus(**changes), tmp_path, CONFIGS["meld"], tmp_path / "run")
-    assert "Unpack what is missing" in str(error.value) and "--modalities text" in str(error.value)
-
-
-def test_words_alone_need_no_clips(tmp_path, capsys):
-    check.check(corpus(audio=None, video=None), tmp_path, WORDS, tmp_path / "run")
+def test_is_it_the_corpus_of_the_paper(name, sizes, video, words, tmp_path, capsys):
+    u, splits = Utterance("u", "a", "b", 0, "u.wav", video, 0.0, 3.0), {}
+    for split, (conversations, utterances) in zip(SPLITS, sizes):  # one conversation has all but a few utterances
+        short, long = Conversation("short", (u,)), Conversation("long", (u,) * (utterances - conversations + 1))
+        splits[split] = (long, *[short] * (conversations - 1))
+    arguments = Corpus(name, ("happy", "sad"), splits, ("a note",)), tmp_path, CONFIGS[name.lower()], tmp_path / "run"
+    if words:
+        with pytest.raises(InputError, match=f"not the corpus of the paper: .*{words}"):
+            check.check(*arguments, "cpu")
+        return
+    check.check(*arguments, "cpu")
     said = capsys.readouterr().out
-    assert "This is the corpus of the paper." in said and "disk" not in said and "training, audio" not in said
+    assert said.endswith("This is the corpus of the paper.\n") and "a note" in said and not list(tmp_path.iterdir())
+    if name == "MELD":  # 10 epochs of 6 FLOPs per weight and position on train and 2 on dev, then 2 on all
+        video, audio = (x * (10 * (6 * 9989 + 2 * 1109) + 2 * 13_708) for x in (1568 * 121e6, 2 * 150 * 90e6))
+        assert f"video: {1568 * 13_708:,} positions, 24,980 steps, {video / 1e15:.1f} PFLOP" in said
+        assert f"audio: {150 * 13_708:,} positions, 49,960 steps, {audio / 1e15:.1f} PFLOP" in said  # A and A_KD
+        assert f"disk for decoded media: {13_708 * (3 * 32_000 + 8 * 3 * 224**2) / 1e9:.1f} GB" in said
 
 
-# The command
+def test_tokens_and_weights(tiny):
+    """Tokens of prompts up to max_tokens; the weights of a local folder's layers, or else the published model's."""
+    conversation = Conversation("c", (Utterance("u", "a", "one two three", 0, None, None),) * 40)
+    tokens = check.positions(conversation, "text", dataclasses.replace(CONFIGS["csv"], max_tokens=100))
+    assert tokens[:2] == pytest.approx([3.9 + 3 + 3.9 + 12, 2 * (3.9 + 3) + 3.9 + 12]) and tokens[-1] == 100
+    assert check.layer_weights("roberta-large", "text") == 303e6
+    for m in ("text", "video"):
+        matrices = [p.numel() for p in load_backbone(tiny[m], "").encoder.parameters() if p.dim() == 2]
+        assert check.layer_weights(tiny[m], m) == sum(matrices), m
+    assert 1e8 < check.matmul_rate(torch.device("cpu")) < 1e14
 
 
-@pytest.mark.parametrize("clips", [True, False])
-def test_the_command_decodes_nothing_and_makes_nothing(meld, tmp_path, monkeypatch, capsys, clips):
-    root = meld if clips else shutil.copytree(meld, tmp_path / "meld", ignore=shutil.ignore_patterns("*.mp4"))
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("encoders.decode", None)
-    monkeypatch.setattr("magtkd.train", None)
-    options = ["meld", "--root", str(root), "--check", "--out", str(tmp_path / "run")]
-    assert magtkd.main(options) == 2  # eleven conversations are not the paper's
+@pytest.mark.parametrize("options, code", [([], 2), (["--modalities", "text"], 0)])
+def test_a_csv_without_clips(options, code, tmp_path, capsys):
+    """It has the name of a paper's corpus, and is not compared with it. Nothing is written."""
+    path, rows = tmp_path / "MELD.csv", [f"{split},{split},A,Well,{x},gone.mp4\n" for split in SPLITS for x in "ab"]
+    path.write_text("split,conversation,speaker,text,label,video\n" + "".join(rows))
+    assert magtkd.main(["csv", "--root", str(path), "--check", "--out", str(tmp_path / "run"), *options]) == code
     said = capsys.readouterr()
-    assert "1,038/114/280" in said.out and "other conversations" in said.err and said.err.count("\n") == 1
-    assert ("utterances without sound" in said.err) == (not clips) and "--modalities text" in said.err
-    assert sorted(tmp_path.rglob("*")) == before
-    if not clips:
-        assert "without a clip" in said.out
-
-
-def test_the_command_on_the_papers_corpus(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cli.READERS, "meld", lambda root: corpus(audio=None, video=None))
-    options = ["meld", "--root", str(tmp_path), "--check", "--out", str(tmp_path / "run")]
-    assert magtkd.main([*options, "--modalities", "text"]) == 0
-    assert magtkd.main(options) == 2
-    assert "13,708 of 13,708 utterances without sound" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("options", [["demo"], ["meld", "--features", "x.safetensors"]])
-def test_check_is_for_corpora_on_disk(options, capsys):
-    with pytest.raises(SystemExit) as end:
-        magtkd.main([*options, "--check"])
-    assert end.value.code == 2 and "--check reads a corpus" in capsys.readouterr().err
-
-
-# What a run says of the machine
-
-
-@pytest.mark.parametrize("options, warned", [([], True), (["--device", "cpu"], False), (["--encoders", "tiny"], False)])
-def test_days_on_a_cpu_are_said_before_them(meld, tmp_path, monkeypatch, capsys, options, warned):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "driver_version", lambda: "470.82.01")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def stop(*_, **__):
-        raise InputError("stopped here")
-
-    monkeypatch.setattr(cli, "run_both", stop)
-    base = ["meld", "--root", str(meld), "--out", str(tmp_path / "run"), "--modalities", "text"]
-    assert magtkd.main([*base, *options]) == 2
-    said = capsys.readouterr().err
-    assert ("full-size encoders on a CPU: 1 x " in said) == warned, said
-    assert ("driver 470.82.01" in said) == ("--device" not in options), said
+    assert "2/2/2 utterances" in said.out and "labels: a 3, b 3" in said.out and "files not found" in said.out
+    assert "expected" not in said.out and said.out.endswith("This csv can be trained on.\n") == (code == 0)
+    assert ("is not complete: " in said.err) == (code == 2) and list(tmp_path.iterdir()) == [path]

@@ -1,325 +1,279 @@
-"""The command line, whole: a run from raw files to a report, a second start, and what a user may do wrong."""
+"""The command line: every option, whole runs on each kind of input, errors and exit codes, run.sh."""
 
+import ast
+import dataclasses
+import errno
 import json
 import os
-import resource
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from corpora import write_as_csv
 from test_features import example
 
-import encoders
-import losses
 import magtkd
-from data import read_iemocap, write_features
-from extras import cli, runs
-from extras.features import read_features
+from data import InputError, read_features, read_iemocap, write_features
+from extras.demo import write_iemocap
+from magtkd import CONFIGS, Config, parse, run_command
 
 PROJECT = Path(__file__).parent.parent
-SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "2", "--encoders", "tiny", "--workers", "2"]
+SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "2", "--encoders", "tiny", "--workers", "2", "--device", "cpu"]
 
 
-def run_sh(*arguments, **changes):
-    """bash run.sh, in a process of its own."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
-    command = ["bash", PROJECT / "run.sh", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **changes)
+def start(*options) -> int:
+    return magtkd.main([str(x) for x in (*options, *SHORT)])
 
 
-@pytest.fixture(scope="module")
-def meld_run(meld, tmp_path_factory):
-    """A whole run, ablation included, on MELD's layout with a corrupt and a missing clip in it."""
-    out = tmp_path_factory.mktemp("runs") / "meld"
-    options = ["meld", "--root", str(meld), "--out", str(out), "--seeds", "2", *SHORT]
-    assert magtkd.main([*options, "--ablation"]) == 0
-    return options, out
+# Options
 
 
-def test_a_whole_run_leaves_its_files(meld_run):
-    _, out = meld_run
-    for name in ("config.json", "features.safetensors", "fusion.safetensors", "metrics.json", "report.md", "log.jsonl"):
-        assert (out / name).stat().st_size > 0, name
-    for name in magtkd.TABLE_NAMES:
-        assert (out / f"{name}.safetensors").exists() and (out / f"{name}.features.safetensors").exists()
-    assert {p.name for p in (out / "figures").iterdir()} == {"confusion.png", "losses.png", "gates.png", "tsne.png"}
-    assert not list(out.rglob("*.part")) and not list(out.rglob("*.resume.pt"))
+def values(f: dataclasses.Field) -> list[tuple[str, object]]:
+    """What is written after the option, and what the field of Config then is."""
+    low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    if f.name == "modalities":
+        return [("text,video", ("text", "video"))]
+    if low is None:
+        return [(x, x) for x in choices or ["some/model"]]
+    if isinstance(getattr(Config(), f.name), dict):
+        one = getattr(CONFIGS["demo"], f.name) | {"text": low, "audio": high}
+        return [(f"text={low},audio={high}", one), (str(high), magtkd.each(high))]
+    return [(str(x), f.type(x)) for x in (low, high)]
 
-    metrics = json.loads((out / "metrics.json").read_text())
-    alone = ["T", "A", "V", "A_KD", "V_KD"]
-    sets = ["T+A+V", "T+A+V_KD", "T+A_KD+V", "T+A_KD+V_KD"]
+
+@pytest.mark.parametrize("f", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_each_option_sets_its_field(f):
+    def field(*written) -> object:
+        config = parse(["demo", *written])[1]
+        assert config == dataclasses.replace(CONFIGS["demo"], **{f.name: getattr(config, f.name)})  # no other
+        return getattr(config, f.name)
+
+    name = f.name.replace("_", "-")
+    if f.type is bool:
+        assert (field(f"--{name}"), field(f"--no-{name}")) == (True, False)
+        return
+    for written, expected in values(f):
+        assert field(f"--{name}", written) == expected
+    if f.metadata["low"] is not None:
+        for wrong in (f.metadata["low"] - 1, f.metadata["high"] * 2, "nan", "", "x", "9" * 5000):
+            with pytest.raises(SystemExit, match="2"):
+                field(f"--{name}", str(wrong))
+
+
+WRONG = """corpus:
+invalid choice: nothing
+--root belongs to: demo --root x
+csv needs --root FILE.csv: csv
+--check reads a corpus: demo --check
+wants a whole number from 1 to 100: demo --seeds 0
+wants a whole number: demo --stage1-epochs text=1.5
+multiple of 8: demo --width 100
+invalid choice: demo --precision half
+text=X,audio=X,video=X: demo --stage1-lr text=1,words=2
+wants text, or text with: demo --modalities audio
+wants text, or text with: demo --modalities text,words
+use cpu: demo --device gpu
+none.safetensors: iemocap --features none.safetensors
+Session1: iemocap --root nowhere
+train_sent_emo.csv: meld --root nowhere
+nowhere.csv: csv --root nowhere.csv
+/proc: csv --root /proc"""
+
+
+@pytest.mark.parametrize("line", WRONG.splitlines())
+def test_what_cannot_be_done_is_one_line(line, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, _, options = line.partition(":")
+    assert words in refused(*options.split()) and not list(tmp_path.iterdir())
+
+
+def test_a_corpus_without_media(meld, tmp_path, capsys):
+    shutil.copytree(meld, tmp_path / "meld", ignore=shutil.ignore_patterns("*.mp4"))
+    assert start("meld", "--root", tmp_path / "meld", "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "no audio file for any utterance of train" in error and "--modalities text" in error
+    assert start("meld", "--root", tmp_path / "meld", "--out", tmp_path / "run", "--modalities", "text") == 0
+    assert list(json.loads((tmp_path / "run/metrics.json").read_text())["rows"]) == ["T", "Concat T", "MAGT T"]
+
+
+# Whole runs
+
+
+def test_meld(meld, tmp_path, capsys):
+    """With an ablation, two seeds, weights of 0, a corrupt and a missing file."""
+    out = tmp_path / "run"
+    more = ["--seeds", "2", "--ablation", "--alpha", "0", "--dropout", "0", "--class-weights"]
+    assert start("meld", "--root", meld, "--out", out, *more) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["alpha"], config["dropout"], config["class_weights"], config["beta"]) == (0, 0, True, 0.09)
+    metrics, report = json.loads((out / "metrics.json").read_text()), (out / "report.md").read_text()
+    sets = ["T", "T+A+V", "T+A+V_KD", "T+A_KD+V", "T+A_KD+V_KD"]
     fused = [f"{fusion} {s}" for fusion in ("Concat", "Context", "MAGT") for s in sets]
-    assert list(metrics["rows"]) == [*alone, *fused]
-    for name, row in metrics["rows"].items():
-        assert len(row["seeds"]) == (1 if name in alone else 2)
-        assert 0 <= row["weighted_f1"]["mean"] <= 100
-    assert not metrics["made_up"]  # it was read as the real one
-
-
-def test_broken_media_are_listed_and_their_features_missing(meld_run, meld):
-    _, out = meld_run
-    problems = json.loads((out / "metrics.json").read_text())["problems"]
+    assert list(metrics["rows"]) == ["T", "A", "V", "A_KD", "V_KD", *fused]
+    assert [len(row["seeds"]) for row in metrics["rows"].values()] == [1] * 5 + [2] * 15
+    history = json.loads((out / "fusion/MAGT-T+A_KD+V-seed1.json").read_text())["history"][-1]["train"]
+    assert history["kd_audio"] > 0 and history["loss"] == pytest.approx(history["l_ce"] + 0.09 * history["kd_video"])
+    row = next(x for x in report.splitlines() if x.startswith("| MAGT T+A_KD+V |"))
+    assert row.endswith("| 66.36 | 65.32 |") and " ± " in row  # the paper's
+    assert row in capsys.readouterr().out and "synthetic" not in report and not metrics["synthetic"]
+    problems = metrics["problems"]
     assert "dev_dia0_utt1: audio missing" in problems and "dev_dia0_utt1: video missing" in problems
     assert any(p.startswith("train_dia0_utt1: video broken") for p in problems)
-    file = read_features(out / "features.safetensors")
-    row = file.utterance_names.index("train_dia0_utt1")
-    assert not file.present["video"][row] and not file.features["video"][row].any()
-    assert file.present["text"].all()
-    report = (out / "report.md").read_text()
     assert all(f"- {p}\n" in report for p in problems)
-    assert "1 utterances without a clip" in report
+    file = read_features(out / "features.safetensors")
+    at = file.utterance_names.index("train_dia0_utt1")
+    assert file.present["text"].all() and not file.present["video"][at] and not file.features["video"][at].any()
+    figures = {p.name: p.stat().st_size for p in (out / "figures").iterdir()}
+    assert figures.keys() == {"confusion.png", "losses.png", "gates.png", "tsne.png"} and min(figures.values()) > 5000
+    assert (out / metrics["weights"]).is_file() and not list(out.rglob("*.resume.pt"))
 
 
-def test_the_report_shows_the_papers_figures(meld_run):
-    _, out = meld_run
-    report = (out / "report.md").read_text()
-    assert "| model | accuracy | W-F1 | M-F1 | W-F1, test-selected | paper: accuracy | paper: W-F1 |" in report
-    line = next(line for line in report.splitlines() if line.startswith("| MAGT T+A_KD+V |"))
-    assert line.endswith("| 66.36 | 65.32 |") and " ± " in line
-    assert "made up" not in report
+def test_a_csv_gives_the_digits_of_the_corpus(tmp_path):
+    write_iemocap(tmp_path / "iemocap", seed=3, conversations=2, utterances=(4, 5))
+    corpus = read_iemocap(tmp_path / "iemocap")
+    write_as_csv(tmp_path / "mine.csv", corpus)
+    assert {u.label for u in corpus.utterances()} == set(range(6))
+    results = []
+    for name, root in (("iemocap", "iemocap"), ("csv", "mine.csv")):
+        out = tmp_path / f"run-{name}"
+        assert start(name, "--root", tmp_path / root, "--out", out, "--seeds", 1) == 0
+        rows = json.loads((out / "metrics.json").read_text())["rows"]
+        results.append([rows, json.loads((out / "fusion/MAGT-T+A_KD+V-seed0.json").read_text())["history"]])
+    assert results[0] == results[1]
 
 
-def test_a_second_start_computes_nothing(meld_run, monkeypatch, capsys):
-    options, out = meld_run
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.features.safetensors")}
-    metrics = (out / "metrics.json").read_bytes()
-    for module, name in ((magtkd, "train"), (magtkd, "encode"), (encoders, "decode")):
-        monkeypatch.setattr(module, name, None)  # to call it would fail
-    for more in (["--ablation"], []):  # what the report holds of an ablation stays there
-        assert magtkd.main([*options, *more]) == 0
-        assert {p: p.stat().st_mtime_ns for p in before} == before
-        assert (out / "metrics.json").read_bytes() == metrics
-    assert "| MAGT T+A_KD+V |" in capsys.readouterr().out
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_your_own_features(preset, tmp_path):
+    write_features(tmp_path / "f.safetensors", example())
+    out = tmp_path / "run"
+    more = ["--features", tmp_path / "f.safetensors", "--out", out, "--seeds", 2, "--preset", preset, "--causal"]
+    assert start("iemocap", *more) == 0
+    assert list(json.loads((out / "metrics.json").read_text())["rows"]) == ["Concat T+A_KD", "MAGT T+A_KD"]
+    assert "paper:" not in (out / "report.md").read_text()
+    result = json.loads((out / "fusion/MAGT-T+A_KD-seed0.json").read_text())
+    assert result["made_from"]["model"][0] == ("MAGT" if preset == "paper" else "ReleasedMAGT")
+    assert "causal=True" in result["made_from"]["model"][1]
+    assert result["made_from"]["recipe"]["weight_decay"] == (0.01 if preset == "paper" else 1e-6)
 
 
-def test_another_configuration_is_refused(meld_run, capsys):
-    options, out = meld_run
-    assert magtkd.main([*options, "--alpha", "0.5"]) == 2
-    error = capsys.readouterr().err
-    assert "alpha: 0.01 there, 0.5 now" in error and "--fresh" in error and "Traceback" not in error
-    assert (out / "metrics.json").exists()
+def test_feature_sets():
+    for kinds, one, table3 in (
+        ("text", "T", "T"),
+        ("text audio audio_kd", "T+A_KD", "T T+A T+A_KD"),
+        ("text video", "T+V", "T T+V"),
+        ("text audio video audio_kd video_kd", "T+A_KD+V", "T T+A+V T+A+V_KD T+A_KD+V T+A_KD+V_KD"),
+    ):
+        for all_of_table3, expected in ((False, one), (True, table3)):
+            sets = magtkd.feature_sets(kinds.split(), all_of_table3)
+            assert {magtkd.row_name("X", x) for x in sets} == {f"X {names}" for names in expected.split()}
 
 
-def test_a_second_run_in_the_same_folder_is_refused(meld_run, capsys):
-    options, out = meld_run
-    lock = runs.lock_folder(out)
-    assert magtkd.main(options) == 2
-    lock.close()
-    assert "another run is at work in this folder" in capsys.readouterr().err
+# Errors and exit codes
 
 
-def test_same_seed_same_metrics_and_fresh_starts_anew(iemocap, tmp_path, capsys):
-    """Twice on IEMOCAP's layout, the second time in another process and over what was there: not a digit differs."""
-    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--seeds", "1", *SHORT]
-    assert magtkd.main(options) == 0
-    assert "5 turns labelled xxx, sur, fea, dis or oth, dropped" in capsys.readouterr().out
-    first = (tmp_path / "run" / "metrics.json").read_bytes()
-    for name in ("sweep.md", "notes.txt"):  # the one is a run's, the other the user's
-        (tmp_path / "run" / name).touch()
-    done = run_sh(*options, "--fresh")
+def test_no_code_depends_on_docstrings_or_assertions():
+    """They are gone under python -OO."""
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("extras/*.py")]:
+        for x in ast.walk(ast.parse(path.read_text())):
+            name = getattr(x, "id", getattr(x, "attr", ""))
+            assert not isinstance(x, ast.Assert) and name != "__doc__", path
+
+
+def test_an_error_is_one_line(capsys):
+    for error, code, words in (
+        (InputError("x.csv: bad\x1b[31m"), 2, "p: x.csv: bad\\x1b[31m\n"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "--gradient-checkpointing"),
+        (FileExistsError(errno.EEXIST, "File exists", "figures"), 2, "p: figures: File exists"),
+    ):
+        assert run_command("p", Mock(side_effect=error)) == code
+        assert words in capsys.readouterr().err
+
+
+SCRIPT = """
+import json, os, sys, signal
+sys.path.insert(0, {project!r})
+from magtkd import run_command
+found = {{}}
+
+def try_it(name, target, work, **options):
+    r, w = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.dup2(w, 2)
+        if target == "closed pipe":
+            a, b = os.pipe()
+            os.close(a)
+        else:
+            b = os.open(target, os.O_WRONLY)
+        os.dup2(b, 1)
+        sys.stdout, sys.stderr = open(1, "w", **options), open(2, "w")
+        sys.exit(run_command("p", work))
+    os.close(w)
+    text = os.fdopen(r).read()
+    found[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text]
+
+def many():
+    print("\\u4e2d \\ud800", "x" * 100_000)
+
+for name, work in (("many", many), ("few", lambda: print("a")), ("at once", lambda: print("a", flush=True))):
+    try_it("pipe " + name, "closed pipe", work)
+    try_it("full " + name, "/dev/full", work)
+try_it("ascii", os.devnull, many, encoding="ascii")
+try_it("interrupt", os.devnull, lambda: os.kill(os.getpid(), signal.SIGINT))
+try_it("bug", os.devnull, lambda: 1 / 0)
+sys.__stdout__.write(json.dumps(found))
+"""
+
+
+def test_exit_codes_and_outputs_of_processes():
+    command = [sys.executable, "-c", SCRIPT.format(project=str(PROJECT))]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "metrics.json").read_bytes() == first
-    assert not (tmp_path / "run" / "sweep.md").exists() and (tmp_path / "run" / "notes.txt").exists()
-    problems = json.loads(first)["problems"]
-    assert {p.split(": ")[1].split()[0] for p in problems} == {"audio"} and len(problems) == 3
-
-
-# Stage 2 on a feature file of one's own
-
-
-@pytest.fixture
-def feature_file(tmp_path):
-    write_features(tmp_path / "mine.safetensors", example())
-    return tmp_path / "mine.safetensors"
-
-
-def test_features_of_ones_own(feature_file, tmp_path, capsys):
-    out = tmp_path / "run"
-    options = ["iemocap", "--features", str(feature_file), "--out", str(out), "--seeds", "2", *SHORT]
-    assert magtkd.main(options) == 0
-    rows = json.loads((out / "metrics.json").read_text())["rows"]
-    assert list(rows) == ["Concat T+A_KD", "MAGT T+A_KD"]
-    assert "paper" not in (out / "report.md").read_text().split("##")[1]
-    for preset in ("paper", "released"):
-        assert magtkd.main([*options, "--fresh", "--preset", preset, "--ablation"]) == 0
-    weights = load_file(out / "fusion.safetensors")
-    assert weights["classifier.text.weight"].shape == (3, 64)  # a checkpoint of the released preset
-
-
-def test_a_class_absent_from_dev_and_conversations_of_one(tmp_path):
-    file = example()
-    file.label[3:5] = 0
-    file.conversation = torch.arange(7)
-    file.conversation_names = [f"c{i}" for i in range(7)]
-    write_features(tmp_path / "f.safetensors", file)
-    options = ["meld", "--features", str(tmp_path / "f.safetensors"), "--out", str(tmp_path / "run"), *SHORT]
-    assert magtkd.main(options) == 0
-
-
-# What a user may do wrong
-
-
-def stop(*_):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("corpus, what", [("iemocap", "Session1"), ("meld", "train_sent_emo.csv")])
-def test_no_corpus(corpus, what, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert magtkd.main([corpus]) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error and error.count("\n") == 1
-    assert all(words in error for words in (what, "--root", "bash run.sh demo", "data/"))
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_corpus_without_clips(meld, tmp_path, capsys):
-    (tmp_path / "meld").mkdir()
-    for table in meld.rglob("*_sent_emo.csv"):
-        (tmp_path / "meld" / table.name).write_bytes(table.read_bytes())
-    assert magtkd.main(["meld", "--root", str(tmp_path / "meld"), "--out", str(tmp_path / "run")]) == 2
-    assert "no audio file for any utterance of train" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_feature_file_that_is_not_there(tmp_path, capsys):
-    assert magtkd.main(["iemocap", "--features", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 2
-    assert "no such file; --features wants a feature file" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_model_that_is_not_there(iemocap, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), "--video-model", "no-such/model"]
-    assert magtkd.main(options) == 2
-    error = capsys.readouterr().err
-    assert "no-such/model" in error and "--video-model DIR" in error and "Traceback" not in error
-
-
-def test_fresh_empties_runs_alone(feature_file, tmp_path, capsys):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    options = ["iemocap", "--features", str(feature_file), "--out", str(tmp_path / "home"), "--fresh", *SHORT]
-    assert magtkd.main(options) == 2
-    assert "holds files that are not of a run" in capsys.readouterr().err
-    assert (tmp_path / "home" / "thesis.txt").exists()
-
-
-def test_a_checkpoint_of_another_program(iemocap, tmp_path, monkeypatch, capsys):
-    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
-    with monkeypatch.context() as m:
-        m.setattr(magtkd, "train", stop)
-        assert magtkd.main(options) == 130
-    (tmp_path / "run" / "text.resume.pt").write_bytes(b"nonsense")
-    assert magtkd.main(options) == 2
-    error = capsys.readouterr().err
-    assert "text.resume.pt: not a checkpoint of this model" in error and "--fresh" in error
-
-
-def test_a_full_disk(feature_file, tmp_path, monkeypatch, capsys):
-    """/dev/full answers every write with "no space left on device"."""
-    monkeypatch.setattr(magtkd, "save_model", lambda *_: Path("/dev/full").write_text("weights"))
-    out = tmp_path / "run"
-    assert magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(out), *SHORT]) == 2
-    error = capsys.readouterr().err
-    assert "No space left on device" in error and "--out" in error and "What is whole stays" in error
-    assert not list(out.rglob("*.part")) and not (out / "fusion.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    "size", [100, 10_000]
-)  # bytes; the first file of a run is longer than 100, weights than 10,000
-def test_files_may_not_grow(feature_file, tmp_path, capsys, size):
-    """As on a full disk, by a limit of this process: one line says so, and half a file stays nowhere."""
-    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        code = magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(out), *SHORT])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and "What is whole stays" in error and str(out) in error, error
-    assert not list(out.rglob("*.part")) and not list(out.rglob("*.safetensors"))
-
-
-def test_a_folder_that_cannot_be_written(feature_file, capsys):
-    for out in ("/proc/run", "/dev/null/run"):
-        assert magtkd.main(["iemocap", "--features", str(feature_file), "--out", out, *SHORT]) == 2
-        assert "--out" in capsys.readouterr().err
-
-
-def test_ctrl_c_loses_nothing(iemocap, tmp_path):
-    out, said = tmp_path / "run", tmp_path / "said"
-    command = [sys.executable, str(PROJECT / "magtkd.py"), "iemocap", "--root", str(iemocap), "--out", str(out)]
-    command += [*SHORT, "--stage1-epochs", "1000"]
-    with open(said, "w") as f:  # a shell's background jobs ignore SIGINT
-        as_usual = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, **as_usual)
-    try:
-        deadline = time.monotonic() + 300
-        while not (out / "text.resume.pt").exists():
-            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
-    finally:
-        process.kill()
-    assert "Traceback" not in said.read_text() and "stopped" in said.read_text()
-    assert (out / "text.resume.pt").exists() and list((out / "media").rglob("*.npy"))
-
-
-def test_a_loss_that_is_no_number(iemocap, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(losses, "cross_entropy", lambda logits, *_: logits.sum() * torch.nan)
-    options = ["iemocap", "--root", str(iemocap), "--out", str(tmp_path / "run"), *SHORT]
-    assert magtkd.main(options) == 2
-    error = capsys.readouterr().err
-    train = [u.id for u in read_iemocap(iemocap).utterances("train")]
-    assert "no longer a number, first in step 0" in error and sum(i in error for i in train) >= 8
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["demo", "--root", "x"],
-        ["demo", "--seeds", "0"],
-        ["demo", "--sweep", "-1"],
-        ["demo", "--device", "cuda"],
-        ["nothing"],
-        [],
-    ],
-)
-def test_options_that_do_not_fit(options, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as e:
-        magtkd.main(options)
-    assert e.value.code == 2
-
-
-def test_out_of_memory_names_the_switch(feature_file, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(cli, "run_stage2", full)
-    assert magtkd.main(["iemocap", "--features", str(feature_file), "--out", str(tmp_path / "run")]) == 2
-    assert "--gradient-checkpointing" in capsys.readouterr().err
+    found = json.loads(done.stdout)
+    code, text = found.pop("bug")
+    assert code == 1 and "Traceback" in text and "ZeroDivisionError" in text
+    full = "p: output: No space left on device. What is complete is kept\n"
+    stopped = "\nstopped; the same command resumes\n"
+    for name, result in found.items():
+        expected = {"pipe": [141, ""], "full": [2, full], "inte": [130, stopped], "asci": [0, ""]}[name[:4]]
+        assert result == expected, name
 
 
 # run.sh
 
 
-def test_run_sh_names_its_commands():
-    done = run_sh()
-    assert done.returncode == 2
-    commands = {line.split()[2] for line in done.stdout.splitlines() if line.startswith("bash run.sh")}
-    assert commands == {"demo", "iemocap", "test", "predict", "tour", "gpu"} and "bench" in done.stdout
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The project in a path with ":" and a blank, a link to run.sh, and a folder with hostile files to work in."""
+    folder = tmp_path_factory.mktemp("a: b")
+    (folder / "code/extras").mkdir(parents=True)
+    (folder / "work/extras").mkdir(parents=True)
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("extras/*.py"), PROJECT / "run.sh", PROJECT / "requirements.txt"]:
+        shutil.copy(path, folder / "code" / path.relative_to(PROJECT))
+    for name in ("data", "random", "re", "losses", "extras/__init__", "extras/predict"):
+        (folder / f"work/{name}.py").write_text("raise SystemExit('hostile')")
+    (folder / "link.sh").symlink_to("code/run.sh")
+    return folder
 
 
-def test_run_sh_hands_over(tmp_path):
-    """From any folder; options, exit code and words are those of magtkd.py."""
-    done = run_sh("meld", "--root", "nowhere", cwd=tmp_path)
-    assert done.returncode == 2 and "no complete MELD at nowhere" in done.stderr
+COMMANDS = {
+    "demo --help": (0, "--stage1-lr"),
+    "predict --help": (0, "--stream"),
+    "sweep --help": (0, "--grid"),
+    "meld --root nowhere": (2, "no complete MELD at nowhere"),
+    "": (2, "bash run.sh tour"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_run_sh(command, installed):
+    code, words = COMMANDS[command]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHON": "", "CDPATH": str(installed), "PIP_NO_INDEX": "1"}
+    how = {"cwd": installed / "work", "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "../link.sh", *command.split()], **how)
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+    assert not (installed / "code/.venv").exists()  # this Python has the packages

@@ -1,284 +1,290 @@
-"""The readers, on trees that extras/demo.py writes with the oddities of the real ones, and on spoiled copies; then
-conversations as rows, and what a training keeps of its state."""
+"""Readers, on synthetic corpora and on damaged copies; writing; conversations as rows; scores and digests."""
 
 import csv
+import dataclasses
+import os
+import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from corpora import write_as_csv, write_rows
 from test_features import example
 
-from data import Conversations, InputError, load_state, read_iemocap, read_meld, replace_file, save_state
-from extras import demo
-from fusion import MAGT, FusionConfig
+import data
+from data import InputError, append_line, digest, read_csv, read_iemocap, read_meld, read_text, replace_file
 
-# IEMOCAP
-
-
-def turns_on_disk(root, conversation):
-    """(start, id, emotion) from a label file, read without the reader."""
-    path = next(root.glob(f"Session*/dialog/EmoEvaluation/{conversation}.txt"))
-    lines = [line.split("\t") for line in path.read_text().splitlines() if line.startswith("[")]
-    return sorted((float(span.strip("[]").split(" - ")[0]), turn, emotion) for span, turn, emotion, _ in lines)
+LABELS = "Session1/dialog/EmoEvaluation/Ses01M_impro01.txt"
+TURN = r"^\[([\d.]+) - .*\t(Ses.*)\t(ang|exc|fru|hap|neu|sad)\t"
+TABLE = "test_sent_emo.csv"
+TRANSCRIPT = "Session1/dialog/transcriptions/Ses01M_impro01.txt"
 
 
-def test_iemocap_splits(iemocap):
+def edit(path, change):
+    path.write_bytes(change(path.read_text(encoding="utf-8")).encode())
+
+
+def test_iemocap(iemocap):
     corpus = read_iemocap(iemocap)
     assert [len(corpus.splits[s]) for s in ("train", "dev", "test")] == [11, 1, 3]
-    assert {c.id[:5] for c in corpus.splits["test"]} == {"Ses05"}
-    assert {c.id[:5] for s in ("train", "dev") for c in corpus.splits[s]} == {"Ses01", "Ses02", "Ses03", "Ses04"}
-    assert corpus.label_names == ("ang", "exc", "fru", "hap", "neu", "sad")
-    assert corpus == read_iemocap(iemocap)
-    assert len({read_iemocap(iemocap, seed=s).splits["dev"][0].id for s in range(5)}) > 1
+    assert {c.id[:5] for c in corpus.splits["test"]} == {"Ses05"} != {c.id[:5] for c in corpus.splits["dev"]}
+    assert corpus == read_iemocap(iemocap) and corpus != read_iemocap(iemocap, seed=1)
+    for c in (c for split in corpus.splits.values() for c in split):
+        labels = next(iemocap.rglob(f"EmoEvaluation/{c.id}.txt")).read_text()
+        turns = sorted(re.findall(TURN, labels, re.M), key=lambda turn: float(turn[0]))
+        assert [(u.id, corpus.label_names[u.label]) for u in c.utterances] == [turn[1:] for turn in turns]
+        letters = "".join(dict.fromkeys(u.id[-4] for u in c.utterances))  # F or M, in the order of speaking
+        assert [u.speaker for u in c.utterances] == [("first", "second")[letters.index(u.id[-4])] for u in c.utterances]
+        assert all(u.text and "[" not in u.text and u.audio_is_cut and u.video for u in c.utterances)
+        assert not any("._" in str(u.audio) for u in c.utterances)
+    assert {"5 turns labelled xxx, sur, fea, dis or oth, dropped", "1 utterances without audio"} < set(corpus.notes)
 
 
-def test_iemocap_turns(iemocap):
-    corpus = read_iemocap(iemocap)
-    for conversation in [c for split in corpus.splits.values() for c in split]:
-        expected = [(t, e) for _, t, e in turns_on_disk(iemocap, conversation.id) if e in corpus.label_names]
-        assert [(u.id, corpus.label_names[u.label]) for u in conversation.utterances] == expected
-        starts = [u.start for u in conversation.utterances]
-        assert starts == sorted(starts)
-        # F or M before the number of the turn, named by the order in which they speak
-        by_letter = {u.id[-4]: u.speaker for u in conversation.utterances}
-        assert {(u.id[-4], u.speaker) for u in conversation.utterances} == set(by_letter.items())
-        assert conversation.utterances[0].speaker == "first"
-        assert all(u.text and "[" not in u.text for u in conversation.utterances)
-
-
-def test_iemocap_counts_what_is_odd(iemocap):
-    corpus = read_iemocap(iemocap)
-    assert "5 turns labelled xxx, sur, fea, dis or oth, dropped" in corpus.notes
-    assert "1 utterances without a sound file" in corpus.notes
-    assert all(u.video for split in corpus.splits for u in corpus.utterances(split))  # Session5 has Divx, not DivX
-    assert not any("._" in str(u.audio) for u in corpus.utterances("train"))
-    grouped = next(c for s in corpus.splits.values() for c in s if c.id == "Ses02F_impro01")
-    assert len({u.id[-4] for u in grouped.utterances[:4]}) == 2  # by time again, although the file goes by name
-
-
-def edit(root, conversation, what, change):
-    path = next(root.glob(f"Session*/dialog/{what}/{conversation}.txt"))
-    path.write_text(change(path.read_text()))
-    return path
-
-
-def test_iemocap_unknown_emotion(iemocap, copy_of):
+def test_incomplete_corpora(iemocap, copy_of, tmp_path):
     root = copy_of(iemocap)
-    turn = turns_on_disk(root, "Ses01M_impro01")[0]
-    edit(root, "Ses01M_impro01", "EmoEvaluation", lambda t: t.replace(f"{turn[1]}\t{turn[2]}", f"{turn[1]}\tjoy"))
-    with pytest.raises(InputError, match=r"Ses01M_impro01.txt:\d+: unknown emotion 'joy'; IEMOCAP has ang, "):
-        read_iemocap(root)
-
-
-def test_iemocap_torn_line(iemocap, copy_of):
-    root = copy_of(iemocap)
-    edit(root, "Ses01M_impro01", "EmoEvaluation", lambda t: t[: t.rindex("[") - 8])
-    with pytest.raises(InputError, match=r"Ses01M_impro01.txt:\d+: torn line '\["):
-        read_iemocap(root)
-
-
-def test_iemocap_words_without_label_and_label_without_words(iemocap, copy_of):
-    root = copy_of(iemocap)
-    (_, first, _), (_, second, _) = turns_on_disk(root, "Ses01M_impro01")[:2]
-
-    def without(turn):
-        return lambda text: "\n".join(line for line in text.splitlines() if turn not in line)
-
-    edit(root, "Ses01M_impro01", "EmoEvaluation", without(first))
-    edit(root, "Ses01M_impro01", "transcriptions", without(second))
+    (_, first, _), (_, second, _) = re.findall(TURN, (root / LABELS).read_text(), re.M)[:2]
+    edit(root / LABELS, lambda text: "\n".join(line for line in text.split("\n") if first not in line))
+    edit(root / TRANSCRIPT, lambda text: "\n".join(line for line in text.split("\n") if second not in line))
     notes = read_iemocap(root).notes
     assert "1 transcribed turns without a label, dropped" in notes
-    assert "1 labelled turns without words in the transcript, dropped" in notes
-
-
-@pytest.mark.parametrize("what", ["EmoEvaluation", "transcriptions"])
-def test_iemocap_file_missing(iemocap, copy_of, what):
-    root = copy_of(iemocap)
-    next(root.glob(f"Session2/dialog/{what}/Ses02M_impro01.txt")).unlink()
-    with pytest.raises(InputError, match="1 conversations have a file in only one of .*Ses02M_impro01.txt"):
+    assert "1 labelled turns without text in the transcript, dropped" in notes
+    (root / TRANSCRIPT).unlink()
+    with pytest.raises(InputError, match=r"1 are in only one of them \(Ses01M_impro01.txt\)"):
         read_iemocap(root)
-
-
-def test_iemocap_session_missing(iemocap, copy_of):
-    root = copy_of(iemocap)
     (root / "Session3").rename(root / "elsewhere")
-    with pytest.raises(InputError, match=r"incomplete: 1 of 5 sessions missing \(Session3\)"):
+    with pytest.raises(InputError, match="no complete IEMOCAP at .*: Session3 missing.*sail.usc.edu.*run.sh demo"):
         read_iemocap(root)
-
-
-def test_no_corpus(tmp_path):
-    with pytest.raises(InputError, match="no IEMOCAP at .*Session1.*sail.usc.edu.*--root.*bash run.sh demo"):
-        read_iemocap(tmp_path / "nothing")
-    with pytest.raises(InputError, match="no complete MELD at .*train_sent_emo.csv.*--root.*bash run.sh demo"):
-        read_meld(tmp_path)
-    (tmp_path / "train.tar.gz").touch()
-    with pytest.raises(InputError, match="unpack it"):
+    with pytest.raises(InputError, match="no complete MELD at .*train_sent_emo.csv.*unpack it.*--root.*run.sh demo"):
         read_meld(tmp_path)
 
 
-# MELD
-
-
-def rows_on_disk(root, split):
-    path = next(root.rglob(f"{split}_sent_emo.csv"))
-    with open(path, encoding="utf-8", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def test_meld_rows(meld):
+def test_meld(meld):
     corpus = read_meld(meld)
+    utterances = {u.id: u for u in corpus.utterances()}
+    assert len(utterances) == len(corpus.utterances())  # although ids restart in each split
     for split in ("train", "dev", "test"):
-        rows = rows_on_disk(meld, split)
-        utterances = corpus.utterances(split)
-        ids = [f"{split}_dia{r['Dialogue_ID']}_utt{r['Utterance_ID']}" for r in rows]
-        assert sorted(u.id for u in utterances) == sorted(ids)
-        emotion = dict(zip(ids, (r["Emotion"] for r in rows)))
-        speaker = dict(zip(ids, (r["Speaker"] for r in rows)))
-        assert all(corpus.label_names[u.label] == emotion[u.id] and u.speaker == speaker[u.id] for u in utterances)
-        for c in corpus.splits[split]:
-            numbers = [int(u.id.rsplit("utt", 1)[1]) for u in c.utterances]
-            assert numbers == sorted(numbers)
-    ids = [u.id for split in corpus.splits for u in corpus.utterances(split)]
-    assert len(set(ids)) == len(ids)  # although ids restart in each split
-
-
-def test_meld_oddities(meld):
-    corpus = read_meld(meld)
-    utterances = {u.id: u for split in corpus.splits for u in corpus.utterances(split)}
-    assert "train_dia2" not in {c.id for c in corpus.splits["train"]}
-    assert "train_dia1_utt1" not in utterances and "train_dia1_utt0" in utterances
-    assert utterances["dev_dia0_utt1"].video is None
-    assert "1 utterances without a clip" in corpus.notes
+        with open(next(meld.rglob(f"{split}_sent_emo.csv")), encoding="utf-8", newline="") as f:
+            rows = {f"{split}_dia{r['Dialogue_ID']}_utt{r['Utterance_ID']}": r for r in csv.DictReader(f)}
+        assert [u.id for u in corpus.utterances(split)] == sorted(rows)
+        for u in corpus.utterances(split):
+            assert (corpus.label_names[u.label], u.speaker) == (rows[u.id]["Emotion"], rows[u.id]["Speaker"])
+            assert u.start is None and u.end is None  # the csv's times are those of the episode, not of the clip
+    assert "1 utterances without video" in corpus.notes and utterances["dev_dia0_utt1"].video is None
     assert "1 clips without a row in the csv, ignored" in corpus.notes
     assert utterances["test_dia0_utt0"].video.name == "final_videos_testdia0_utt0.mp4"
     assert not any(u.video and u.video.name.startswith("._") for u in utterances.values())
-    first = utterances["train_dia0_utt0"].text
-    assert not any(0x80 <= ord(c) < 0xA0 for c in first) and any(c in first for c in "…’“”")
-
-
-def test_meld_csv_in_the_root_or_in_the_splits(meld, copy_of):
-    root = copy_of(meld)
-    expected = [[u.id for u in read_meld(meld).utterances(s)] for s in ("train", "dev", "test")]
-    for split in ("train", "dev", "test"):
-        table = next(root.rglob(f"{split}_sent_emo.csv"))
-        folder = root / split if table.parent == root else root
-        folder.mkdir(exist_ok=True)
-        table.rename(folder / table.name)
-    assert [[u.id for u in read_meld(root).utterances(s)] for s in ("train", "dev", "test")] == expected
+    assert utterances["train_dia0_utt0"].text.endswith(" “It’s done…”")
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "file, change, words",
     [
-        (lambda t: t.replace(",neutral,", ",bored,"), "unknown emotion 'bored'; MELD has anger"),
-        (lambda t: t[: t.rindex('"') - 40], r":\d+: torn row"),
-        (lambda t: t.replace("Speaker", "Who", 1), "columns Speaker are missing"),
-        (lambda t: t.splitlines()[0] + "\n", "no rows"),
-        (lambda t: t + t.splitlines()[-1] + "\n", "a second row for Dialogue_ID"),
+        (LABELS, lambda t: re.sub(r"\t\w{3}\t", "\tjoy\t", t, count=1), ":3: unknown emotion 'joy'; IEMOCAP has ang, "),
+        (LABELS, lambda t: t[: t.rindex("[") - 8], r":\d+: malformed line .*'\["),
+        (LABELS, lambda t: t.replace("01_M000\t", "01_X000\t"), ":3: malformed line"),
+        (LABELS, lambda t: t + t.split("\n")[2] + "\n", r":\d+: malformed line or turn labelled twice"),
+        (TABLE, lambda t: t.replace(",neutral,", ",bored,", 1), r":\d+: unknown label 'bored'; MELD has anger"),
+        (TABLE, lambda t: t[: t.rindex('"') - 40], r":\d+: (malformed row|\d fields)"),
+        (TABLE, lambda t: t.replace("Speaker", "Who", 1), ": no column speaker; it has .*, who, "),
+        (TABLE, lambda t: t.splitlines()[0] + "\n", ": no utterances"),
+        (TABLE, lambda t: t + t.splitlines()[-1] + "\n", r":\d+: utterance 'test_dia2_utt\d+' is there a second time"),
+        (TABLE, lambda t: t.replace(",0,0,", ",zero,0,", 1), ":2: malformed row"),
     ],
 )
-def test_meld_spoiled_table(meld, copy_of, change, words):
-    root = copy_of(meld)
-    path = next(root.rglob("test_sent_emo.csv"))
-    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-    with pytest.raises(InputError, match=words):
-        read_meld(root)
+def test_damaged_files(iemocap, meld, copy_of, file, change, words):
+    root, read = (copy_of(iemocap), read_iemocap) if file == LABELS else (copy_of(meld), read_meld)
+    edit(root / file, change)
+    with pytest.raises(InputError, match=f"{root / file}{words}"):
+        read(root)
 
 
-def test_demo_writes_what_the_readers_read(tmp_path):
-    """Without flaws nothing is odd."""
-    demo.write_meld(tmp_path / "m", conversations=(3, 1, 1), utterances=(2, 3))
-    demo.write_iemocap(tmp_path / "i", conversations=1, utterances=(2, 3))
-    for corpus in (read_meld(tmp_path / "m"), read_iemocap(tmp_path / "i")):
-        assert len(corpus.notes) == 1 and "conversations" in corpus.notes[0]
-        assert all(u.audio and u.video for split in corpus.splits for u in corpus.utterances(split))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "\ufeff" + text.rstrip("\n"),
+        lambda text: "\n\n" + text.replace("\n", "\r\n") + "\n\n",
+        lambda text: text.replace("\n", "\r"),
+        lambda text: text.replace(" is ", " is\u2028\u2029\x0c\x0b\x1c "),  # ends of lines for str.splitlines
+    ],
+)
+def test_what_editors_do(iemocap, meld, tmp_path, change):
+    for root, read in (iemocap, read_iemocap), (meld, read_meld):
+        mine = shutil.copytree(root, tmp_path / root.name, ignore=shutil.ignore_patterns("*.wav", "*.avi", "*.mp4"))
+        for path in [*mine.rglob("Ses*.txt"), *mine.rglob("*.csv")]:
+            edit(path, change)
+        before, after = read(root).utterances(), read(mine).utterances()
+        assert [(u.id, u.speaker, u.label) for u in before] == [(u.id, u.speaker, u.label) for u in after]
+        assert [u.text.split() for u in before] == [u.text.split() for u in after]
 
 
-# Conversations as rows
+def test_no_text_file(tmp_path):
+    (tmp_path / "a").write_bytes("Adé\n".encode() + "Zoë\n".encode("cp1252"))
+    (tmp_path / "b").write_text("Hi.\n", "utf-16")
+    for name, words in ("a", ":2: not in UTF-8"), ("b", ":1: not in UTF-8"), ("c", ": .*No such"), ("", ": .*Is a"):
+        with pytest.raises(InputError, match=f"{tmp_path / name}{words}"):
+            read_text(tmp_path / name)
 
 
-def test_conversations_come_as_rows():
+HEADER = ["split", "conversation", "speaker", "text", "label"]
+ROWS = [["train", "a", "Ann", "Hi.", "glad"], ["dev", "b", "Bob", "Well, no.", "sad"], ["test", "c", "Ann", "", "sad"]]
+ROWS += [["Train", "a", "Bob", "I see.", "sad"]]
+
+
+def test_a_corpus_as_csv_is_the_corpus(iemocap, tmp_path):
+    corpus = read_iemocap(iemocap)
+    mine = read_csv(write_as_csv(tmp_path / "mine.csv", corpus))
+    assert mine.label_names == corpus.label_names and mine.notes[0] == corpus.notes[0]
+    expected = [dataclasses.replace(u, audio=u.audio or u.video) for u in corpus.utterances()]
+    assert [dataclasses.replace(u, audio_is_cut=True) for u in mine.utterances()] == expected
+
+
+def test_csv_columns_and_notes(tmp_path):
+    (tmp_path / "a.wav").touch()
+    header = ["Split", "Dialogue_ID", "Utterance_ID", "SPEAKER", "Utterance", "Emotion", "mood", "video", "StartTime"]
+    rows = [
+        ["VALIDATION", "b", "7", "Ade\u0301", "It\x92s\nme", "sad", "", "a.wav", "00:01:02,5"],
+        ["train", "a", "1", "Ad\u00e9", "x", "glad", "", "no.mp4", "1:02.5"],
+        ["test", "c", "0", "Eve", "", "sad", "", "", ""],
+        ["train", "a", "0", "Ade\u0301", "y", "sad", "", "no.mp4", "62,5"],
+    ]
+    corpus = read_csv(write_rows(tmp_path / "t.csv", header, rows, delimiter=";"))
+    assert corpus.label_names == ("glad", "sad")
+    assert [u.id for u in corpus.utterances("train")] == ["a_1", "a_0"]  # the order of the file
+    (u,) = corpus.utterances("dev")
+    assert (u.text, u.audio, u.video) == ("It’s me", tmp_path / "a.wav", tmp_path / "a.wav")
+    assert {(u.speaker, u.start) for u in corpus.utterances("train", "dev")} == {("Ad\u00e9", 62.5)}  # one person
+    lost = f"1 media files not found ({tmp_path / 'no.mp4'})"
+    without = [f"{n} utterances without {m}" for n, m in ((3, "audio"), (1, "text"), (3, "video"))]
+    assert corpus.notes[1:] == ("1 columns not used (mood)", lost, *without)
+
+
+@pytest.mark.parametrize(
+    "row, cells, words",
+    [
+        (0, {"split": "x"}, ":2: split must be one of train, dev, test, val, valid, validation; got 'x'"),
+        (0, {"split": "dev"}, ":5: conversation 'a' is in dev and in train"),
+        (1, {"speaker": "A\x1b[31m"}, ":3: control character in the speaker"),
+        (1, {"video": "a\x08.mp4"}, ":3: control character in the path of the video"),
+        (3, {"start": "x"}, ":5: start must be in seconds or hh:mm:ss, got 'x'"),
+        (3, {"start": "5", "end": "1"}, ":5: ends at 1 s, before it starts"),
+        (0, {"id": "1"}, ":5: utterance 'a_1' is there a second time, after .*:2$"),
+        (1, {"label": "mad"}, ": labels that no row of train has: mad"),
+        (1, {"utterance": "x"}, ": two columns for the text"),
+    ],
+)
+def test_csv_faults(tmp_path, row, cells, words):
+    path, rows = tmp_path / "t.csv", [dict(zip(HEADER, row)) for row in ROWS]
+    assert len(read_csv(write_rows(path, HEADER, ROWS)).utterances()) == 4  # unchanged, it is read
+    rows[row] |= cells
+    columns = [*HEADER, *(cells.keys() - set(HEADER))]
+    with pytest.raises(InputError, match=f"{path}{words}"):
+        read_csv(write_rows(path, columns, [[r.get(c, "1" if c == "id" else "") for c in columns] for r in rows]))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_conversations_to_predict(tmp_path, separator, capsys):
+    rows = [["Ann", "Well, no; yes", "", "b"], ["Bob", 'a "b"\tc', "1", "b"], ["Eve", "", "x", "b"]]
+    path = write_rows(tmp_path / "t.csv", ["Speaker", " TEXT ", "mood", "conversation"], rows, separator)
+    found = [(u.id, u.speaker, u.text, u.label) for u in data.read_conversation(path).utterances]
+    assert found == [("0", "Ann", "Well, no; yes", -1), ("1", "Bob", 'a "b" c', -1), ("2", "Eve", "", -1)]
+    assert capsys.readouterr().err == f"{path}: columns not used: mood\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('speaker,text\nAnn,"no\nBob,yes\n', ":3: malformed row .*quote"),
+        ("\nspeaker,text\n\nAnn,no,yes\n", ":4: 3 fields, but 2 columns"),
+        ("Ann,no\n", ": no column speaker and text; it has ann, no"),
+        ("speaker,text,conversation\nAnn,no,a\nAnn,no,b\n", ": rows of several conversations"),
+    ],
+)
+def test_tables(tmp_path, text, words):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=f"t.csv{words}"):
+        data.read_conversation(tmp_path / "t.csv")
+
+
+def test_times_in_json_objects(tmp_path):
+    def start(x):
+        return data.make_utterance({"speaker": "Ann", "start": x}, "line 3", "0", tmp_path).start
+
+    given = (1, 1e-5, " 3. ", "4,25", "90:00", "1:02:03,5")
+    assert [start(x) for x in given] == [1, 1e-5, 3, 4.25, 5400, 3723.5]
+    assert start("") is start(None) is None
+    for x in ("-1", "nan", "inf", "1e400", "9" * 5000, "1:2:3:4", "\u0661", True, [1]):
+        with pytest.raises(InputError, match="^line 3: start must be in seconds"):
+            start(x)
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+    path, x = tmp_path / "file.npy", torch.zeros(10_000)
+    replace_file(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(error, temporary):
+        assert temporary.parent == tmp_path and temporary.name.startswith(data.TEMPORARY) and temporary.suffix == ".npy"
+        temporary.write_text("ne")
+        raise error
+
+    for write in (lambda _: torch.save(x, "/dev/full"), lambda _: x.numpy().tofile("/dev/full")):  # a full disk
+        with pytest.raises(InputError, match="file.npy: cannot be written .*What is complete is kept"):
+            replace_file(path, write)
+    for error in (OSError("full"), KeyboardInterrupt(), TypeError()):  # the last: a bug, shown as such
+        with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
+            replace_file(path, partial(fail, error))
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_only_regular_files_are_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "broken").symlink_to("nothing")
+    for name in ("pipe", "", "/dev/null", "link", "broken", "no/x", "mine/x"):
+        words = "does not exist" if "x" in name else "not a regular file"
+        for write in (lambda path: replace_file(path, pytest.fail), lambda path: append_line(path, "x")):
+            with pytest.raises(InputError, match=f"{name}: .*{words}"):
+                write(tmp_path / name)
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "nothing").exists()
+    append_line(tmp_path / "mine", "zwei ü \ud800")
+    assert (tmp_path / "mine").read_bytes() == "minezwei ü \\ud800\n".encode()
+
+
+def test_leftovers(tmp_path):
+    (tmp_path / f"{data.TEMPORARY}1").symlink_to("log")
+    for name in ("log", f"{data.TEMPORARY}2"):
+        (tmp_path / name).touch()
+    data.remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{data.TEMPORARY}1", "log"]
+
+
+def test_conversations_are_rows():
     file = example()
-    data = Conversations(file, ("text", "audio_kd"), torch.device("cpu"))
-    assert data.splits == {"train": ["c0", "c1"], "dev": ["c2"], "test": ["c3"]}
-    assert data.lengths == {"c0": 2, "c1": 1, "c2": 2, "c3": 2}
+    file.speaker = torch.tensor([0, 2, 0, 1, 0, 2, 1])  # 0 and 2 speak in train, 1 does not
+    rows_of = data.Conversations(file, ("text", "audio_kd"), torch.device("cpu"))
+    assert rows_of.num_speakers == 3 and rows_of.batch(["c2", "c3"]).inputs[1].tolist() == [0, 1, 3, 0]
+    assert rows_of.splits == {"train": ["c0", "c1"], "dev": ["c2"], "test": ["c3"]}
     for names, rows in (["c2", "c0"], [3, 4, 0, 1]), (["c1"], [2]), (["c3", "c1", "c0"], [5, 6, 2, 0, 1]):
-        batch = data.batch(names)
-        features, speakers, lengths, present = batch.inputs
-        assert lengths == [data.lengths[name] for name in names]
+        batch = rows_of.batch(names)
+        features, _, lengths, present = batch.inputs
+        assert lengths == [1 if name == "c1" else 2 for name in names]
         assert torch.equal(features["text"], file.features["text"][rows])
         assert torch.equal(features["audio"], file.features["audio_kd"][rows])
         assert torch.equal(batch.labels, file.label[rows])
-        assert present.keys() == batch.rows.keys() == {"audio"}  # every utterance has its words
-        assert present["audio"].tolist() == [row != 2 for row in rows]
-        assert batch.rows["audio"].tolist() == [i for i, row in enumerate(rows) if row != 2]
-        config = FusionConfig({"text": 4, "audio": 3}, num_classes=3, num_speakers=data.num_speakers, width=8)
-        assert MAGT(config)(*batch.inputs).logits["text"].shape == (len(rows), 3)
+        assert {m: x.tolist() for m, x in present.items()} == {"audio": [row != 2 for row in rows]}  # all have text
+        assert {m: x.tolist() for m, x in batch.rows.items()} == {"audio": [i for i, r in enumerate(rows) if r != 2]}
 
 
-def test_a_speaker_unknown_in_training_is_number_0():
-    file = example()
-    data = Conversations(file, ("text",), torch.device("cpu"))
-    assert data.num_speakers == 2 and data.speaker.tolist() == [1, 2, 1, 2, 1, 1, 0]  # Eve speaks in test alone
-    file.speaker = torch.tensor([0, 2, 0, 1, 0, 2, 1])  # train: Ada and Eve
-    data = Conversations(file, ("text",), torch.device("cpu"))
-    assert data.num_speakers == 3 and data.batch(["c2", "c3"]).inputs[1].tolist() == [0, 1, 3, 0]
+def test_scores():
+    # Class 0: precision 1/2, recall 1, F1 2/3; class 1: precision 1, recall 2/3, F1 4/5; class 2 does not occur.
+    expected = {"accuracy": 75.0, "weighted_f1": 100 * (2 / 3 + 3 * 4 / 5) / 4, "macro_f1": 100 * (2 / 3 + 4 / 5) / 2}
+    assert data.scores([0, 1, 1, 1], [0, 1, 0, 1]) == pytest.approx(expected)
 
 
-# Files that are written whole, or not at all
-
-
-def test_half_a_file_never_has_the_name_of_a_whole_one(tmp_path):
-    path = tmp_path / "file"
-    replace_file(path, lambda part: part.write_text("old"))
-
-    def killed(part):
-        part.write_text("ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, killed)
-    assert path.read_text() == "old"
-    replace_file(path, lambda part: part.write_text("new"))
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def parts_of_a_training(seed):
-    torch.manual_seed(seed)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(seed):
-        model(torch.ones(3)).sum().backward()
-        optimizer.step()
-    return {"model": model, "optimizer": optimizer}
-
-
-def test_the_state_of_a_training_is_kept(tmp_path):
-    before, after = parts_of_a_training(2), parts_of_a_training(1)
-    assert load_state(tmp_path / "state", after) is None
-    history, best = [{"train": {"loss": 1.5}, "dev_f1": 40.0}], {"dev_f1": 40.0, "model": before["model"].state_dict()}
-    save_state(tmp_path / "state", before, history, best)
-    found, found_best = load_state(tmp_path / "state", after)
-    assert found == history and found_best["dev_f1"] == 40.0
-    assert torch.equal(found_best["model"]["weight"], before["model"].weight)
-    assert torch.equal(after["model"].weight, before["model"].weight)
-    assert str(after["optimizer"].state_dict()) == str(before["optimizer"].state_dict())
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-200]),
-        lambda path: path.write_text("[1, 2, 3]"),
-        lambda path: torch.save({"model": torch.ones(2)}, path),
-        lambda path: torch.save([1, 2], path),
-        lambda path: save_state(path, {"model": torch.nn.Linear(4, 2), "optimizer": torch.nn.Identity()}, [], {}),
-    ],
-    ids=["empty", "cut", "text", "other keys", "a list", "another model"],
-)
-def test_a_state_that_is_not_this_trainings(tmp_path, spoil):
-    path = tmp_path / "text.resume.pt"
-    save_state(path, parts_of_a_training(1), [], {})
-    spoil(path)
-    with pytest.raises(InputError, match="text.resume.pt: not a checkpoint of this model; .*--fresh$"):
-        load_state(path, parts_of_a_training(1))
+def test_digests():
+    x = torch.arange(6.0)
+    different = [(), ("",), ("a",), ("a", ""), ("", "a"), (b"a",), (["a"],), (1,), (1.5,), (None,), ({"a": 1},), (x,)]
+    different += [(x.view(2, 3),), (x.double(),), (x.bfloat16(),), (x > 2,), (x + 1,), (x[:0],), (x[0],), (x, x)]
+    assert len({digest(*parts) for parts in different}) == len(different)
+    assert digest({"a": 1, "b": (2,)}) == digest({"b": [2], "a": 1})

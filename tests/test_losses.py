@@ -1,14 +1,14 @@
-"""Each loss against an example worked by hand and a slow loop, in three dtypes, and where it could break."""
+"""Each loss against an example worked by hand, against slow NumPy in four dtypes, and on inputs at its limits."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import losses
-from losses import distillation_loss, feature_loss, pearson_distance, soft_label_loss, stage1_loss, stage2_loss
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(1, 3), (2, 2), (2, 6), (3, 2), (16, 6), (64, 7)]
 
 
@@ -17,183 +17,174 @@ def random_pair(*shape, dtype=torch.float32, seed=0):
     return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(2)]
 
 
-# Slow, literal versions, in Python's own floats.
+def slow_distance(u, v, eps=1e-3):
+    u, v = u - u.mean(), v - v.mean()
+    return 1 - u @ v / (max(np.linalg.norm(u), eps) * max(np.linalg.norm(v), eps))
 
 
-def naive_distance(u, v, eps=1e-3):
-    mean_u, mean_v = sum(u) / len(u), sum(v) / len(v)
-    u, v = [x - mean_u for x in u], [x - mean_v for x in v]
-    norms = max(math.sqrt(sum(x * x for x in u)), eps) * max(math.sqrt(sum(x * x for x in v)), eps)
-    return 1 - sum(x * y for x, y in zip(u, v)) / norms
+def slow_softmax(row, tau=1.0):
+    return np.exp(row / tau) / np.exp(row / tau).sum()
 
 
-def naive_softmax(row, tau):
-    e = [math.exp(x / tau) for x in row]
-    return [x / sum(e) for x in e]
+def slow_soft_label_loss(student, teacher, tau=2.0, eps=1e-3):
+    y_s, y_t = (np.array([slow_softmax(row, tau) for row in p.double().numpy()]) for p in (student, teacher))
+    by_sample = [slow_distance(s, t, eps) for s, t in zip(y_s, y_t)] if y_s.shape[1] > 2 else 0
+    by_class = [slow_distance(s, t, eps) for s, t in zip(y_s.T, y_t.T)]
+    return tau**2 * np.mean(by_sample) + tau**2 * np.mean(by_class)
 
 
-def naive_soft_label_loss(student, teacher, tau):
-    y_s, y_t = ([naive_softmax(row, tau) for row in p.double().tolist()] for p in (student, teacher))
-    B, C = student.shape
-    by_sample = sum(naive_distance(y_s[i], y_t[i]) for i in range(B)) / B if C > 2 else 0
-    by_class = sum(naive_distance([y[j] for y in y_s], [y[j] for y in y_t]) for j in range(C)) / C
-    return tau**2 * by_sample + tau**2 * by_class
-
-
-def naive_feature_loss(student, teacher, tau, normalize):
-    f_s, f_t = student.double().tolist(), teacher.double().tolist()
+def slow_feature_loss(student, teacher, tau=1.0, normalize=True):
+    f_s, f_t = student.double().numpy(), teacher.double().numpy()
     if normalize:
-        f_s, f_t = ([[x / math.hypot(*row) for x in row] for row in f] for f in (f_s, f_t))
-    total = 0
-    for row in f_t:
-        t = naive_softmax([dot(row, other) for other in f_t], tau)
-        s = naive_softmax([dot(row, other) for other in f_s], tau)
-        total += sum(a * math.log(a / b) for a, b in zip(t, s))
-    return total / len(f_t)
+        f_s, f_t = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (f_s, f_t))
+    rows = [(slow_softmax(f_t @ row, tau), slow_softmax(f_s @ row, tau)) for row in f_t]
+    return np.mean([(t * np.log(t / s)).sum() for t, s in rows])
 
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b))
+def slow_cross_entropy(logits, labels, weight):
+    rows = zip(logits.double().numpy(), labels.tolist())
+    return np.mean([-weight[y].item() * np.log(slow_softmax(row)[y]) for row, y in rows])
 
 
-# Worked by hand.
-
-
-def test_distance_by_hand():
-    u = torch.tensor([1.0, 2.0, 3.0])
-    assert pearson_distance(u, 10 * u - 4).item() == pytest.approx(0, abs=1e-6)
-    assert pearson_distance(u, -u).item() == pytest.approx(2)
-    assert pearson_distance(u, torch.tensor([1.0, -2.0, 1.0])).item() == pytest.approx(1)
-    # centred (-1, 0, 1) and (-1, 1, 0): product 1, norms sqrt 2 each, p = 1/2
-    assert pearson_distance(u, torch.tensor([0.0, 2.0, 1.0])).item() == pytest.approx(0.5)
+@pytest.mark.parametrize("v, expected", [([6, 16, 26], 0), ([-1, -2, -3], 2), ([1, -2, 1], 1), ([0, 2, 1], 0.5)])
+def test_distance_by_hand(v, expected):
+    """The last one: centred (-1, 0, 1) and (-1, 1, 0), product 1, both norms sqrt 2, so p = 1/2."""
+    found = losses.pearson_distance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(v, dtype=torch.float32))
+    assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_soft_label_loss_by_hand():
-    # The student names the classes the other way round: d = 2 for each row and each column... with tau = 3 both
-    # averages are weighted by 9.
-    teacher = torch.tensor([[1.0, 0.0, -1.0], [-1.0, 0.0, 1.0]])
-    softened = torch.softmax(teacher / 3, dim=1)
-    rows = [naive_distance(softened[i].tolist(), softened[1 - i].tolist()) for i in (0, 1)]
-    # columns 0 and 2 are reversed (d = 2), column 1 is constant (d = 1)
-    expected = 9 * (sum(rows) / 2) + 9 * (2 + 1 + 2) / 3
-    assert soft_label_loss(teacher.flip(0), teacher, tau=3).item() == pytest.approx(expected, rel=1e-5)
+    student = torch.tensor([[3, 1, 2], [2, 2, 2]]).log()  # Y^s = (1/2, 1/6, 1/3) and (1/3, 1/3, 1/3)
+    teacher = torch.tensor([[1, 2, 3], [2, 2, 2]]).log()  # Y^t = (1/6, 1/3, 1/2) and (1/3, 1/3, 1/3)
+    by_sample = (3 / 2 + 1) / 2  # row 0: centred (1, -1, 0)/6 and (-1, 0, 1)/6, p = -1/2; row 1: constant, p = 0
+    by_class = (2 + 1 + 1) / 3  # columns: p = -1; constant in the teacher; constant in the student
+    assert losses.soft_label_loss(student, teacher, tau=1).item() == pytest.approx(by_sample + by_class, rel=1e-5)
 
 
 def test_feature_loss_by_hand():
-    # Teacher: two orthogonal unit vectors, T_1 = softmax(1, 0); student: both rows equal to the first of them,
-    # S_1 = softmax(1, 1), S_2 = softmax(0, 0): uniform. KL(T || uniform) = log 2 - H(T).
-    teacher, student = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    p = math.e / (math.e + 1)
-    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    assert feature_loss(student, teacher).item() == pytest.approx(math.log(2) - entropy, rel=1e-5)
+    """T_1 = softmax(1, 0) by two orthogonal unit vectors, of entropy 0.5822; S is uniform by two equal ones."""
+    found = losses.feature_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.eye(2))
+    assert found.item() == pytest.approx(math.log(2) - 0.5822, abs=1e-4)
 
 
-def test_totals_by_hand():
-    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    assert stage1_loss(logits, torch.tensor([0, 1])).item() == pytest.approx(math.log(2))
-    assert stage2_loss(torch.tensor(1.0), torch.tensor(2.0), 3.0, 0.7, 0.8).item() == pytest.approx(1 + 1.4 + 2.4)
+@pytest.mark.parametrize("weight", [1, 4710 / 268])
+def test_cross_entropy_by_hand(weight):
+    """Probabilities 1/2 and 1/4 of the right classes. The weights do not enter the denominator: MELD has 4,710
+    utterances of neutral and 268 of fear, and one of fear counts 17.6 times as much in every batch."""
+    logits, labels = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([0, 1])
+    found = losses.cross_entropy(logits, labels, torch.tensor([1, weight], dtype=torch.float64))
+    assert found.item() == pytest.approx((math.log(2) + weight * math.log(4)) / 2)
 
 
-# Against the loops.
+LOOPS = {  # found, expected
+    "soft_label_loss": lambda s, t, y, w: (losses.soft_label_loss(s, t), slow_soft_label_loss(s, t)),
+    "soft_label_loss, eps": lambda s, t, y, w: (losses.soft_label_loss(s, t, 1, 1), slow_soft_label_loss(s, t, 1, 1)),
+    "feature_loss": lambda s, t, y, w: (losses.feature_loss(s, t), slow_feature_loss(s, t)),
+    "feature_loss, raw": lambda s, t, y, w: (losses.feature_loss(s, t, 2, False), slow_feature_loss(s, t, 2, False)),
+    "stage1": lambda s, t, y, w: (
+        losses.stage1_loss(s, y, s, t, t, w)["loss"],
+        slow_cross_entropy(s, y, w) + slow_soft_label_loss(s, t) + slow_feature_loss(s, t),
+    ),
+    "no teacher": lambda s, t, y, w: (losses.stage1_loss(s, y, weight=w)["loss"], slow_cross_entropy(s, y, w)),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_soft_label_loss_equals_the_loop(shape, dtype):
+@pytest.mark.parametrize("loss", LOOPS)
+def test_losses_equal_the_loops(loss, shape, dtype):
     student, teacher = random_pair(*shape, dtype=dtype)
-    for tau in (1.0, 2.0):
-        expected = naive_soft_label_loss(student, teacher, tau)
-        assert soft_label_loss(student, teacher, tau).item() == pytest.approx(expected, abs=2e-5)
+    labels, weight = torch.arange(shape[0]) % shape[1], torch.linspace(0.5, 3, shape[1], dtype=dtype)
+    found, expected = LOOPS[loss](student, teacher, labels, weight)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.item() == pytest.approx(expected, abs=1e-10 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("eps, expected", [(1e-3, 1 - math.sqrt(2) / 10), (1e-6, 0)])
+def test_eps_bounds_the_norm(eps, expected):
+    """A norm of sqrt 2 * 1e-4 counts as eps where it is smaller."""
+    u = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert losses.pearson_distance(1e-4 * u, u, eps=eps).item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("C", [2, 6])
+@pytest.mark.parametrize("B", [1, 2, 8])
+@pytest.mark.parametrize("audio", [slice(0, None, 2), slice(0)], ids=["some audio", "no audio"])
+@pytest.mark.parametrize("names", [["text", "audio", "video"], ["text", "audio"]], ids="+".join)
+def test_stage2_loss_is_the_written_out_sum(names, audio, B, C):
+    logits = {m: random_pair(B, C, dtype=torch.float64, seed=i)[0] for i, m in enumerate(names)}
+    hidden = {m: random_pair(B, 16, dtype=torch.float64, seed=i + 5)[0] for i, m in enumerate(names)}
+    labels, weight, rows = torch.arange(B) % C, torch.linspace(0.5, 2, C), {"audio": torch.arange(B)[audio]}
+    found = losses.stage2_loss(logits, hidden, labels, alpha=0.7, beta=0.8, rows=rows, weight=weight)
+    expected = {"l_ce": slow_cross_entropy(logits["text"], labels, weight)}
+    for m in ("audio", "video"):
+        at = rows.get(m, torch.arange(B))
+        there = m in names and len(at)
+        l_s = slow_soft_label_loss(logits[m][at], logits["text"][at]) if there else 0
+        l_f = slow_feature_loss(hidden[m][at], hidden["text"][at]) if there else 0
+        expected |= {f"kd_{m}": l_s + l_f, f"l_s_{m}": l_s, f"l_f_{m}": l_f}
+    expected["loss"] = expected["l_ce"] + 0.7 * expected["kd_audio"] + 0.8 * expected["kd_video"]
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("C", [2, 6])
+def test_gradients_equal_differences(C):
+    """Those of the teacher too: stage 1 does not detach it."""
+    inputs = [*random_pair(5, C, dtype=torch.float64), *random_pair(5, 4, dtype=torch.float64, seed=1)]
+
+    def loss(logits, t_logits, features, t_features):
+        return losses.stage1_loss(logits, torch.arange(5) % C, features, t_logits, t_features)["loss"]
+
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
+
+
+INPUTS = {  # what becomes of two random tensors
+    "random": lambda s, t: (s, t),
+    "uniform": lambda s, t: (torch.full_like(s, 0.3), t),
+    "equal rows": lambda s, t: (s[:1].expand_as(s), t),
+    "zeros": lambda s, t: (0 * s, 0 * t),
+    "large": lambda s, t: (1000 * s, t),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_feature_loss_equals_the_loop(shape, normalize, dtype):
-    student, teacher = random_pair(*shape, dtype=dtype)
-    for tau in (1.0, 2.0):
-        expected = naive_feature_loss(student, teacher, tau, normalize)
-        assert feature_loss(student, teacher, tau, normalize).item() == pytest.approx(expected, abs=2e-5)
-
-
-def test_totals_are_the_sums_of_their_parts():
-    (logits, t_logits), (features, t_features) = random_pair(8, 6), random_pair(8, 32, seed=1)
-    labels = torch.arange(8) % 6
-    kd = distillation_loss(logits, features, t_logits, t_features)
-    assert torch.equal(kd, feature_loss(features, t_features) + soft_label_loss(logits, t_logits))
-    total = stage1_loss(logits, labels, features, t_logits, t_features)
-    assert torch.equal(total, losses.cross_entropy(logits, labels) + kd)
-
-
-def test_a_perfect_student_loses_nothing():
-    logits, features = random_pair(16, 6)[0], random_pair(16, 32)[0]
-    assert distillation_loss(logits, features, logits, features).item() == pytest.approx(0, abs=1e-5)
-
-
-# Where it could break.
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["random", "uniform", "equal rows", "almost uniform", "zeros", "large"])
+@pytest.mark.parametrize("kind", INPUTS)
 def test_gradients_are_finite_and_bounded(kind, shape, dtype):
-    student, teacher = random_pair(*shape, dtype=dtype)
-    if kind == "uniform":
-        student = torch.full(shape, 0.3, dtype=dtype)
-    elif kind == "equal rows":
-        student, teacher = student[:1].repeat(shape[0], 1), teacher[:1].repeat(shape[0], 1)
-    elif kind == "almost uniform":
-        student = 1 + student * 1e-3
-    elif kind == "zeros":
-        student, teacher = torch.zeros_like(student), torch.zeros_like(teacher)
-    elif kind == "large":
-        student = student * 1000
+    student, teacher = INPUTS[kind](*random_pair(*shape, dtype=dtype))
     student = student.clone().requires_grad_()
-    loss = distillation_loss(student, student, teacher, teacher)
+    loss = losses.distillation_loss(student, student, teacher, teacher)["loss"]
     loss.backward()
-    assert loss.dtype == torch.float32 and loss.isfinite() and 0 <= loss.item() < 50
-    assert student.grad.isfinite().all() and student.grad.norm() < 1e4
+    assert 0 <= loss.item() < 50 and student.grad.isfinite().all() and student.grad.norm() < 1e4
 
 
-def test_two_classes_leave_the_sample_term_out():
-    student, teacher = random_pair(8, 2)
-    y_s, y_t = torch.softmax(student / 2, 1), torch.softmax(teacher / 2, 1)
-    assert soft_label_loss(student, teacher) == 4 * pearson_distance(y_s, y_t, dim=0).mean()
+@pytest.mark.parametrize("detach", [True, False])
+def test_stage2_loss_detaches_the_teacher(detach):
+    """Then the text branch has the gradient of its cross entropy only."""
+    student, teacher = random_pair(4, 6)
+    branches, labels = {"text": teacher.requires_grad_(), "audio": student}, torch.arange(4)
+    loss = losses.stage2_loss(branches, branches, labels, alpha=0.7, beta=0.8, detach_teacher=detach)["loss"]
+    l_ce = losses.cross_entropy(teacher, labels)
+    assert torch.equal(*(torch.autograd.grad(x, teacher)[0] for x in (loss, l_ce))) == detach
 
 
 def test_autocast_changes_nothing():
     (logits, t_logits), (features, t_features) = random_pair(8, 6), random_pair(8, 32, seed=1)
-    expected = distillation_loss(logits, features, t_logits, t_features)
+    expected = losses.distillation_loss(logits, features, t_logits, t_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(distillation_loss(logits, features, t_logits, t_features), expected)
+        assert losses.distillation_loss(logits, features, t_logits, t_features) == expected
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda a, b: soft_label_loss(a, b[:3]), r"student and teacher must have one shape, got \[4, 6\] and \[3, 6\]"),
-        (lambda a, b: soft_label_loss(a[0], b[0]), r"student must be logits \[B, C\]"),
-        (lambda a, b: soft_label_loss(a[:, :1], b[:, :1]), "C > 1"),
-        (lambda a, b: soft_label_loss(a[:0], b[:0]), "B > 0"),
-        (lambda a, b: soft_label_loss(a, b, tau=0), "tau must be above 0"),
-        (lambda a, b: feature_loss(a, b[:, :5]), "one shape"),
-        (lambda a, b: feature_loss(a[:0], b[:0]), "B > 0"),
-        (lambda a, b: feature_loss(a, b, tau=-1), "tau must be above 0"),
-        (lambda a, b: pearson_distance(a, b[0]), "one shape"),
-        (lambda a, b: losses.cross_entropy(a, torch.zeros(3, dtype=torch.long)), r"labels must be \[4\]"),
-        (lambda a, b: stage1_loss(a, torch.zeros(4, dtype=torch.long), teacher_logits=b), "both"),
-        (lambda a, b: stage1_loss(a, torch.zeros(4, dtype=torch.long), None, b, b), "features too"),
+        (lambda a, b: losses.soft_label_loss(a, b[:3]), r"must have one shape, got \[4, 6\] and \[3, 6\]"),
+        (lambda a, b: losses.soft_label_loss(a[:, :1], b[:, :1]), r"student must be logits \[B, C\] .* C > 1"),
+        (lambda a, b: losses.soft_label_loss(a, b, tau=0), "tau must be above 0"),
+        (lambda a, b: losses.cross_entropy(a, torch.arange(3)), r"labels must be \[4\]"),
+        (lambda a, b: losses.stage1_loss(a, torch.arange(4), None, b, b), "features too"),
     ],
 )
-def test_shapes_that_do_not_fit(call, words):
+def test_inputs_that_do_not_fit(call, words):
     with pytest.raises(ValueError, match=words):
         call(*random_pair(4, 6))
-
-
-def test_weighted_cross_entropy_by_hand():
-    """The mean of -log p, each sample counting as its class does."""
-    logits, labels = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]]), torch.tensor([0, 1])
-    expected = (3 * math.log(2) + 1 * math.log(4)) / 4
-    weight = torch.tensor([3.0, 1.0])
-    assert losses.cross_entropy(logits, labels, weight).item() == pytest.approx(expected)
-    assert losses.stage1_loss(logits, labels, weight=weight).item() == pytest.approx(expected)

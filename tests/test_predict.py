@@ -1,209 +1,130 @@
-"""Prediction on a conversation of one's own: as in training, whatever is missing; one utterance at a time; errors."""
+"""Prediction on your own conversation: as in training, whatever is missing; one utterance at a time; errors."""
 
 import csv
 import dataclasses
-import io
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from corpora import write_rows
 
 import magtkd
-from data import Conversation, Conversations, InputError, MediaError, Utterance, read_iemocap, read_meld
+from data import FIELDS, Conversation, Conversations, InputError, Utterance, read_conversation, read_features, read_meld
 from extras import predict
-from extras.features import read_features
-from fusion import MAGT
-from magtkd import load_fusion
 
-SHAPE = (8, 48)  # of a video: frames, pixels
 SHORT = ["--stage1-epochs", "1", "--stage2-epochs", "1", "--seeds", "1", "--encoders", "tiny", "--workers", "2"]
 
 
 @pytest.fixture(scope="module")
-def causal_run(meld, tmp_path_factory):
-    """A whole run with a causal fusion, on MELD's layout."""
+def run(meld, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "causal"
     assert magtkd.main(["meld", "--root", str(meld), "--out", str(out), "--causal", *SHORT]) == 0
     return out
 
 
-@pytest.fixture
-def model(causal_run):
-    return predict.load_run(causal_run, torch.device("cpu"))
-
-
-def write(path, rows, columns=predict.FIELDS):
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def conversation_of_test(meld):
-    return max(read_meld(meld).splits["test"], key=lambda c: len(c.utterances))
-
-
-def as_rows(conversation):
-    fields = [(u.speaker, u.text, u.audio, u.video) for u in conversation.utterances]
-    return [{k: str(x) for k, x in zip(predict.FIELDS, row) if x is not None} for row in fields]
+@pytest.fixture(scope="module")
+def model(run):
+    return predict.load_run(run, torch.device("cpu"))
 
 
 @torch.inference_mode()
-def test_a_conversation_of_the_corpus_gets_what_training_gave_it(causal_run, meld, model, tmp_path):
-    """Through the csv, the decoders, the encoders and the fusion; broken and missing clips of the corpus included."""
-    file = read_features(causal_run / "features.safetensors")
-    fusion, kinds = load_fusion(causal_run / "fusion.safetensors")
-    data = Conversations(file, kinds, torch.device("cpu"))
-    corpus = read_meld(meld)
-    for split in corpus.splits.values():
-        for conversation in split:
-            batch = data.batch([conversation.id])
-            expected = fusion(*batch.inputs).logits["text"].softmax(dim=-1)
-            write(tmp_path / "c.csv", as_rows(conversation))
-            answers = predict.predict(model, predict.read_conversation(tmp_path / "c.csv"))
-            got = torch.tensor([a.probabilities for a in answers])
+def test_predictions_of_the_corpus_are_those_of_training(run, meld, model, tmp_path):
+    """For every conversation, with its missing clips: of a csv at once, and of its utterances one at a time."""
+    fusion, kinds = magtkd.load_fusion(run / "fusion/MAGT-T+A_KD+V-seed0.safetensors")
+    data = Conversations(read_features(run / "features.safetensors"), kinds, torch.device("cpu"))
+    for conversation in (c for split in read_meld(meld).splits.values() for c in split):
+        rows = [[u.speaker, u.text, u.audio, u.video] for u in conversation.utterances]
+        utterances = read_conversation(write_rows(tmp_path / "c.csv", FIELDS[:4], rows)).utterances
+        stream = predict.Stream(model)
+        one_at_a_time = [row for u in utterances for row in stream.add(u)]
+        expected = fusion(*data.batch([conversation.id]).inputs).logits["text"].softmax(dim=-1)
+        for predicted in (predict.Stream(model).add(*utterances), one_at_a_time):
+            got = torch.tensor([list(row["probabilities"].values()) for row in predicted])
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
-def test_the_command_line_marks_what_is_missing(causal_run, meld, tmp_path, capsys):
-    clip = next(u.video for u in conversation_of_test(meld).utterances if u.video)
-    shutil.copy(clip, tmp_path / "clip.mp4")
-    (tmp_path / "broken.mp4").write_bytes(b"no film")
+def test_the_command_line(run, meld, tmp_path, capsys):
+    clip = next(u.video for u in read_meld(meld).utterances("test") if u.video)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
     rows = [
-        {"speaker": "Monica", "text": "Hello, you, and you", "video": "clip.mp4"},
-        {"speaker": "a stranger", "text": "Well", "video": "clip.mp4", "start": "0", "end": "0.5"},
-        {"speaker": "Monica", "text": "Words alone, and many of them, more than a line of the table can hold"},
-        {"speaker": "Monica", "text": "", "audio": "nothing.wav", "video": "broken.mp4"},
-        {"speaker": "Monica", "text": "Too late", "video": "clip.mp4", "start": "900", "end": "901"},
+        ["Monica", "=1+1, you \x1b[31mand you", "", clip, "", ""],
+        ["@stranger", "Text only, and more of it than a line of the table can hold", "", "", "", ""],
+        ["Monica", "", "nothing.wav", "broken.mp4", "", ""],
+        ["Monica", "Too late", "", clip, "900", "901"],
     ]
-    write(tmp_path / "talk.csv", rows)
-    options = ["--run", str(causal_run), "--input", str(tmp_path / "talk.csv")]
-    assert predict.main(options) == 0
-    printed = capsys.readouterr().out
-    lines = printed.splitlines()
-    assert "speaker" in lines[0] and "%neutral" in lines[0] and len(lines) == 8
-    assert "audio (none given), video (none given)" in lines[3] and "…" in lines[3]
-    with open(tmp_path / "talk.emotions.csv", newline="") as f:
+    assert predict.main(["--run", str(run), "--input", str(write_rows(tmp_path / "talk.csv", FIELDS, rows))]) == 0
+    said = capsys.readouterr().out
+    assert "p_neutral" in said.splitlines()[0] and "\x1b" not in said and "can hold" not in said
+    with open(tmp_path / "talk.emotions.csv", newline="", encoding="utf-8") as f:
         table = list(csv.DictReader(f))
-    assert [r["speaker"] for r in table] == [r["speaker"] for r in rows]
-    missing = [r["missing"] for r in table]
-    assert missing[:2] == ["", ""]
-    assert missing[3] == "text (none given); audio (missing); video (broken, 7 bytes (InvalidDataError))"
-    assert missing[4].startswith("audio (ends before ") and "video (ends at" in missing[4]
-    for row in table:
-        p = {k.removeprefix("p_"): float(v) for k, v in row.items() if k.startswith("p_")}
-        assert sum(p.values()) == pytest.approx(1, abs=1e-3) and max(p, key=p.get) == row["emotion"]
-    assert predict.main([*options, "--out", str(tmp_path / "no" / "where.csv")]) == 2
+    assert table[0]["text"] == "'=1+1, you  [31mand you" and table[1]["speaker"] == "'@stranger"
+    notes = [row["notes"] for row in table]
+    assert notes[:2] == ["", "no audio (missing); no video (missing)"]
+    assert notes[2] == "no text (missing); no audio (missing); no video (broken, 8 bytes (InvalidDataError))"
+    assert notes[3].startswith("no audio (ends at ") and "no video (ends at" in notes[3]
+    assert max(x for k, x in table[0].items() if k.startswith("p_")) == table[0]["p_" + table[0]["emotion"]]
 
 
-def test_a_stream_answers_as_the_whole_does(causal_run, model, meld, tmp_path, monkeypatch, capsys):
-    rows = as_rows(conversation_of_test(meld))
-    write(tmp_path / "c.csv", rows)
-    whole = predict.predict(model, predict.read_conversation(tmp_path / "c.csv"))
-    lines = [json.dumps(row) for row in rows]
-    lines[1:1] = ["", "{torn", "[1]", '{"text": "nobody says this"}', '{"speaker": "Ross", "text": 3}']
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    assert predict.main(["--run", str(causal_run), "--stream"]) == 2  # four lines were no utterances
-    captured = capsys.readouterr()
-    assert captured.err == "predict: 4 lines were no utterances and were left out; their answers say why\n"
-    answers = [json.loads(line) for line in captured.out.splitlines()]
-    errors = [a["error"] for a in answers if "error" in a]
-    assert len(errors) == 4 and all(f"line {n}" in e for n, e in zip((3, 4, 5, 6), errors))
-    answers = [a for a in answers if "error" not in a]
-    assert len(answers) == len(rows)
-    for a, expected in zip(answers, whole):
-        assert list(a["probabilities"].values()) == pytest.approx(expected.probabilities, abs=2e-4)
-        assert a["missing"] == expected.missing
-
-
-def test_a_stream_answers_at_once(causal_run, monkeypatch, capsys):
-    """The second line is not asked for before the first is answered."""
+def test_a_stream_does_not_wait(model, capsys):
+    """A line is not read before the last one is predicted. Lines that are not utterances change nothing."""
 
     def lines():
-        yield '{"speaker": "Ross", "text": "hi"}\n'
-        assert '"emotion"' in capsys.readouterr().out
-        yield '{"speaker": "Joey", "text": "hey"}\n'
+        yield '\ufeff{"speaker": "Ross", "text": "hi"}\n'
+        assert json.loads(capsys.readouterr().out)["speaker"] == "Ross"
+        yield from ("\n", "{torn", "[1]", '{"text": "nobody says this"}', '{"speaker": "Ross", "start": "x"}')
+        yield '{"speaker": "Joey", "text": "hey"}'
 
-    monkeypatch.setattr("sys.stdin", lines())
-    assert predict.main(["--run", str(causal_run), "--stream"]) == 0
-
-
-def test_a_sound_file_of_the_utterance_alone_beside_a_film(iemocap, tmp_path):
-    """IEMOCAP's own layout: a WAV per utterance, a film per conversation."""
-    corpus = read_iemocap(iemocap)
-    u = next(u for u in corpus.utterances("test") if u.audio and u.video and u.start > 3)
-    whole = predict.decode(u, "audio", SHAPE)
-    assert len(whole) / 16_000 == pytest.approx(u.end - u.start, abs=predict.ALONE)
-    film = Utterance("x", "first", "", -1, u.video, u.video, u.start, u.end)
-    assert predict.sound_window(film) == (u.start, u.end)
-    no_film = Utterance("x", "first", "", -1, u.audio, None, u.start, u.end)  # then the times are those of the sound
-    assert predict.sound_window(no_film) == (u.start, u.end)
-    assert predict.decode(u, "video", SHAPE).shape == (8, 3, 48, 48)
-    late = Utterance("x", "first", "", -1, u.audio, u.video, u.start + 100, u.end + 110)
-    assert isinstance(predict.decode(late, "audio", SHAPE), MediaError)
+    with pytest.raises(InputError, match="4 lines were not utterances"):
+        predict.predict_lines(model, lines())
+    *errors, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [x["error"].split(":")[0] for x in errors] == ["line 3", "line 4", "line 5", "line 6"]
+    said = [Utterance(name, name, text, -1, None, None) for name, text in (("Ross", "hi"), ("Joey", "hey"))]
+    assert last == predict.Stream(model).add(*said)[1]
+    fusion = type(model.fusion)(dataclasses.replace(model.fusion.config, causal=False))
+    with pytest.raises(InputError, match="--causal"):
+        predict.predict_lines(dataclasses.replace(model, fusion=fusion), lines())
 
 
 def test_speakers(model):
-    def conversation(*names):
-        return Conversation("c", tuple(Utterance(str(i), n, "", -1, None, None) for i, n in enumerate(names)))
-
-    by_name = predict.Model(model.encoders, model.fusion, [], {"Ross": 3, "Joey": 1}, SHAPE)
-    assert predict.speaker_indices(by_name, conversation("Joey", "Ann", "Ross")).tolist() == [1, 0, 3]
-    in_order = predict.Model(model.encoders, model.fusion, [], {"first": 1, "second": 2}, SHAPE)
-    assert predict.speaker_indices(in_order, conversation("Joey", "Ann", "Joey", "Eve")).tolist() == [1, 2, 1, 0]
+    """By name, or by the order of speaking where the run's are called so; 0 for an unknown one."""
+    said = tuple(Utterance(name, name, "", -1, None, None) for name in ("Joey", "Eve", "Joey", "Ann"))
+    for seen, expected in ((["Eve", "Joey"], [2, 1, 2, 0]), (["first", "second"], [1, 2, 1, 0])):
+        file = dataclasses.replace(model.file, speaker_names=seen, speaker=torch.arange(2), split=torch.zeros(2))
+        found = predict.speaker_indices(dataclasses.replace(model, file=file), Conversation("c", said))
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "name, old, new, words",
     [
-        ("", "speaker and text missing (the file is empty)"),
-        ("speaker,words\nA,b\n", "column text missing (it has speaker, words)"),
-        ("speaker,text\n", "no utterance in it"),
-        ("speaker,text\nA,b,c\n", ":2: torn row, more fields than columns"),
-        ("speaker,text,start\nA,b\n", ":2: torn row, fewer fields than columns"),
-        ("speaker,text\nA,b\n,c\n", ":3: no speaker"),
-        ("speaker,text,start\nA,b,soon\n", ":2: start must be a number of seconds up to 1e+06, got 'soon'"),
-        ("speaker,text,end\nA,b,nan\n", ":2: end must be a number of seconds up to 1e+06, got 'nan'"),
-        ("speaker,text,start,end\nA,b,2,1\n", ":2: ends at 1.0 s, before it starts"),
+        ("config.json", b'"features": false', b'"features": true', "it has no encoders"),
+        ("metrics.json", None, None, "not a finished run: no metrics.json"),
+        ("metrics.json", b"fusion/", b"nowhere/", "not a fusion model"),
+        ("text.safetensors", b'"key"', b'"kez"', "features.safetensors was not made from today's text.safetensors"),
+        ("features.safetensors", b"sadness", b"Sadness", "seed0.safetensors was not made from today's features"),
+        ("magtkd-run.json", b'"salt": ""', b'"salt": "1"', "seed0.safetensors was not made from today's magtkd-run"),
+        ("tiny/text/tokenizer.json", b"{", b" {", "tokenizer have changed; bring them back"),
     ],
 )
-def test_tables_that_do_not_fit(text, words, causal_run, tmp_path, capsys):
-    (tmp_path / "c.csv").write_text(text)
-    assert predict.main(["--run", str(causal_run), "--input", str(tmp_path / "c.csv")]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+def test_parts_that_do_not_belong_together(name, old, new, words, run, tmp_path, capsys):
+    path = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("media")) / name
+    content = path.read_bytes()
+    path.unlink()
+    if old:
+        path.write_bytes(content.replace(old, new, 1))
+    source = write_rows(tmp_path / "c.csv", FIELDS[:2], [["A", "b"]])
+    assert predict.main(["--run", str(tmp_path / "copy"), "--input", str(source)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
 
 
-def test_a_column_that_is_not_used_is_named(tmp_path, capsys):
-    (tmp_path / "c.csv").write_text("\ufeffspeaker,text,vidoe\nA,b,c.mp4\n", encoding="utf-8")
-    predict.read_conversation(tmp_path / "c.csv")
-    assert "columns that are not used: vidoe" in capsys.readouterr().err
-
-
-def test_runs_that_do_not_do(causal_run, tmp_path, capsys):
-    (tmp_path / "c.csv").write_text("speaker,text\nA,b\n")
-
-    def error(run):
-        assert predict.main(["--run", str(run), "--input", str(tmp_path / "c.csv")]) == 2
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1 and not captured.out
-        return captured.err
-
-    assert "none is no finished run: config.json, fusion.safetensors missing" in error(tmp_path / "none")
-    copy = shutil.copytree(causal_run, tmp_path / "copy", ignore=shutil.ignore_patterns("media"))
-    (copy / "text.safetensors").unlink()
-    assert "no finished run: text.safetensors missing" in error(copy)
-    (copy / "text.safetensors").write_bytes((copy / "video.safetensors").read_bytes())
-    assert "not the weights of this run's encoder" in error(copy)
-    (copy / "fusion.safetensors").write_bytes(b"nonsense")
-    assert "not a fusion model" in error(copy)
-    (copy / "config.json").write_text('{"features": "abc"}')
-    assert "no encoders" in error(copy)
-    assert "cannot be read" in (predict.main(["--run", "x", "--input", "y"]), capsys.readouterr().err)[1]
-
-
-def test_a_stream_needs_a_causal_model(model):
-    fusion = MAGT(dataclasses.replace(model.fusion.config, causal=False))
-    with pytest.raises(InputError, match="--causal"):
-        predict.Stream(dataclasses.replace(model, fusion=fusion))
+def test_where_nothing_is_written(tmp_path, capsys):
+    source = write_rows(tmp_path / "c.csv", FIELDS[:2], [["A", "b"]])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("missing")
+    for name in ("c.csv", "pipe", "link", "nowhere/x"):
+        assert predict.main(["--run", "run", "--input", str(source), "--out", str(tmp_path / name)]) == 2
+        assert ("does not exist" if "/" in name else "exists already") in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["c.csv", "link", "pipe"] and (tmp_path / "pipe").is_fifo()

@@ -1,0 +1,31 @@
+"""The tables of README.md and docs/ are what extras/report.py prints from docs/results/*.json; links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from extras import report
+
+PROJECT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "README.md", *PROJECT.glob("docs/*.md"))}
+RESULTS = sorted(PROJECT.glob("docs/results/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_pasted_tables_are_those_of_the_results(path):
+    metrics = json.loads(path.read_text())
+    assert report.results_table(metrics) in PAGES["results.md"]
+    pasted = [line for line in PAGES["README.md"].splitlines() if line.startswith("| ")]
+    tables = [report.results_table(json.loads(p.read_text())).splitlines() for p in RESULTS]
+    rows = {line for table in tables for line in table}
+    assert all(line in rows for line in pasted if re.match(r"\| (T|A|V|A_KD|Concat|Context|MAGT)\b", line))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    folder = PROJECT if name == "README.md" else PROJECT / "docs"
+    text = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE)  # without code
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert not [link for link in links if not (folder / link).exists()]
