@@ -1,8 +1,8 @@
 """Data: corpora on disk, the feature file, conversations as rows, scores, and files that are written atomically.
 
-`read_iemocap`, `read_meld` and `read_csv` turn a user's own copy into a Corpus: conversations of utterances in the
-order of speaking, with the paths of their audio and video (section 4.1 of the paper). Recoverable irregularities are
-counted in `Corpus.notes`, which the report shows; what would make results incomparable is an InputError.
+`read_iemocap`, `read_meld` and `read_csv` return a Corpus: conversations of utterances in the order of speaking, with
+the paths of their audio and video (section 4.1 of the paper). Recoverable irregularities are counted in `Corpus.notes`,
+which the report shows; what would make results incomparable is an InputError.
 
 `FeatureFile` is the interface between the two stages: one feature (a vector) per utterance and feature kind, from an
 encoder of stage 1 or from another program. `Conversations` hands it out in batches, as rows without padding.
@@ -47,11 +47,10 @@ class MediaError(Exception):
 
 def scores(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
     """Accuracy, weighted and macro F1 in percent. A class that is neither a label nor predicted is left out."""
-    return {
-        "accuracy": 100 * accuracy_score(labels, predictions),
-        "weighted_f1": 100 * f1_score(labels, predictions, average="weighted", zero_division=0),
-        "macro_f1": 100 * f1_score(labels, predictions, average="macro", zero_division=0),
-    }
+    found = {"accuracy": 100 * accuracy_score(labels, predictions)}
+    for average in ("weighted", "macro"):
+        found[f"{average}_f1"] = 100 * f1_score(labels, predictions, average=average, zero_division=0)
+    return found
 
 
 def digest(*parts: Any) -> str:
@@ -83,9 +82,10 @@ def check_target(path: Path) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Atomic write: `write(temporary path in the same folder)`, then rename. The temporary name ends with path's name.
 
-    `write` should do nothing but write: its OSError and torch's RuntimeError are taken for a full disk or missing
-    rights. Errors: InputError, for these and for what `check_target` refuses; the old file is then unchanged.
+    `write` should do nothing but write: its errors are taken for a full disk or missing rights. Errors: InputError, for
+    these and for what `check_target` refuses; the old file is then unchanged.
     """
+    path = Path(path)
     check_target(path)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
@@ -170,9 +170,11 @@ class Corpus:
         return [u for s in splits or SPLITS for conversation in self.splits[s] for u in conversation.utterances]
 
 
+DEMO = "`bash run.sh demo` needs no corpus."  # the end of a reader's error
+
 # IEMOCAP
 
-IEMOCAP_LABELS = {"ang": "angry", "exc": "excited", "fru": "frustrated", "hap": "happy", "neu": "neutral", "sad": "sad"}
+IEMOCAP_LABELS = ("ang", "exc", "fru", "hap", "neu", "sad")
 IEMOCAP_DROPPED = ("xxx", "sur", "fea", "dis", "oth")  # no agreement, or too rare: not in the 6-class setting
 TURN_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\t(Ses\w+_[FM]\w{3})\t(\w+)\t\[.*\]")
 TEXT_LINE = re.compile(r"(Ses\w+) \[(\d+\.\d+)-(\d+\.\d+)\]:\s*(.*)")
@@ -182,41 +184,35 @@ def read_iemocap(root: Path, seed: int = 0) -> Corpus:
     """Reads IEMOCAP_full_release: sessions 1-4 are train and dev (9:1 of the conversations, by `seed`), 5 is test.
 
     Speakers are named by their order in the conversation ("first", "second"): the ten actors never cross the splits.
-    Errors: InputError for no corpus, a missing session or label file, a malformed line, an unknown emotion.
+    Errors: InputError.
     """
     root = Path(root)
     sessions = [root / f"Session{i}" for i in range(1, 6)]
     if missing := [s.name for s in sessions if not s.is_dir()]:
         raise InputError(
-            f"no complete IEMOCAP at {root}: {', '.join(missing)} missing. The corpus is free for research: ask for it "
-            "at https://sail.usc.edu/iemocap, unpack it, and give the folder IEMOCAP_full_release, with all five "
-            "sessions in it, with --root. `bash run.sh demo` needs no corpus."
+            f"no complete IEMOCAP at {root}: {', '.join(missing)} missing. It is free for research: ask for it at "
+            f"https://sail.usc.edu/iemocap, unpack it, and give its folder IEMOCAP_full_release with --root. {DEMO}"
         )
     counts: Counter[str] = Counter()
-    by_session = [_read_session(session, counts) for session in sessions]
+    by_session = []
+    for session in sessions:
+        labels = _files(session / "dialog/EmoEvaluation", "*.txt")
+        transcripts = _files(session / "dialog/transcriptions", "*.txt")
+        unpaired = sorted({p.name for p in labels} ^ {p.name for p in transcripts})
+        if unpaired or not labels:
+            what = f"{len(unpaired)} are in only one of them ({', '.join(unpaired[:3])}). Unpack the session again."
+            raise InputError(f"{session / 'dialog'}: labels are in EmoEvaluation, text in transcriptions; {what}")
+        conversations = [_read_iemocap(session, *files, counts) for files in zip(labels, transcripts)]
+        by_session.append([c for c in conversations if c.utterances])
     train = [c for session in by_session[:4] for c in session]
     random.Random(seed).shuffle(train)
     n_dev = max(1, round(len(train) / 10))
     splits = {"train": train[n_dev:], "dev": train[:n_dev], "test": by_session[4]}
     by_id = {split: tuple(sorted(conversations, key=lambda c: c.id)) for split, conversations in splits.items()}
-    return Corpus("IEMOCAP", tuple(IEMOCAP_LABELS), by_id, _notes(counts, by_id))
+    return Corpus("IEMOCAP", IEMOCAP_LABELS, by_id, _notes(counts, by_id))
 
 
-def _read_session(session: Path, counts: Counter) -> list[Conversation]:
-    labels = _files(session / "dialog/EmoEvaluation", "*.txt")
-    transcripts = {p.name: p for p in _files(session / "dialog/transcriptions", "*.txt")}
-    unpaired = sorted(transcripts.keys() ^ {p.name for p in labels})
-    if unpaired or not labels:
-        raise InputError(
-            f"{session / 'dialog'}: each conversation needs a file in EmoEvaluation (labels) and in transcriptions "
-            f"(text); {len(unpaired)} are in only one of them ({', '.join(unpaired[:3])}). Unpack the session again."
-        )
-    videos = {p.stem: p for folder in ("DivX", "Divx") for p in _files(session / "dialog/avi" / folder, "*.avi")}
-    conversations = [_read_iemocap(session, p, transcripts[p.name], videos.get(p.stem), counts) for p in labels]
-    return [c for c in conversations if c.utterances]
-
-
-def _read_iemocap(session: Path, labels: Path, transcript: Path, video: Path | None, counts: Counter) -> Conversation:
+def _read_iemocap(session: Path, labels: Path, transcript: Path, counts: Counter) -> Conversation:
     matches = [m for line in read_text(transcript).split("\n") if (m := TEXT_LINE.match(line))]
     text = {m[1]: m[4].strip() for m in matches}
     labelled, turns = set(), []
@@ -236,11 +232,12 @@ def _read_iemocap(session: Path, labels: Path, transcript: Path, video: Path | N
         elif not text.get(turn):
             counts["labelled turns without text in the transcript, dropped"] += 1
         else:
-            turns.append((float(start), float(end), turn, list(IEMOCAP_LABELS).index(emotion)))
+            turns.append((float(start), float(end), turn, IEMOCAP_LABELS.index(emotion)))
     unlabelled = {turn for turn in text.keys() - labelled if "XX" not in turn}  # XX: noises between turns
     counts["transcribed turns without a label, dropped"] += len(unlabelled)
 
     wavs = {p.stem: p for p in _files(session / "sentences/wav" / labels.stem, "*.wav")}
+    video = next(iter(_files(session / "dialog/avi", f"Div[Xx]/{labels.stem}.avi")), None)
     turns.sort()  # the file may be grouped by name
     letters = dict.fromkeys(turn[-4] for _, _, turn, _ in turns)  # "F" or "M"; the session's letter is another
     speakers = dict(zip(letters, ("first", "second")))
@@ -261,16 +258,15 @@ def read_meld(root: Path) -> Corpus:
     """Reads MELD.Raw, its csv files and clips in `root` itself or in its folders train/, dev/ and test/.
 
     Conversations are named "train_dia0" and so on (ids restart in each split), speakers by the names in the csv.
-    Errors: InputError for no corpus, a missing csv, a malformed row, an unknown emotion, two rows with one id.
+    Errors: InputError.
     """
     root = Path(root)
     tables = {split: _find(root, split, f"{split}_sent_emo.csv") for split in SPLITS}
     if missing := [f"{split}_sent_emo.csv" for split, path in tables.items() if path is None]:
         raise InputError(
-            f"no complete MELD at {root}: looked there and in its folders train/, dev/ and test/ for "
-            f"{', '.join(missing)}. Get MELD.Raw.tar.gz (10.9 GB) by the links of "
-            "https://github.com/declare-lab/MELD, unpack it and the three archives inside, and give the folder with "
-            "--root. `bash run.sh demo` needs no corpus."
+            f"no complete MELD at {root}: looked there and in train/, dev/ and test/ for {', '.join(missing)}. Get "
+            "MELD.Raw.tar.gz (10.9 GB) by the links of https://github.com/declare-lab/MELD, unpack it and the three "
+            f"archives inside, and give the folder with --root. {DEMO}"
         )
     counts: Counter[str] = Counter()
     rows = [row for split in SPLITS for row in _meld_rows(root, split, tables[split], counts)]
@@ -278,7 +274,7 @@ def read_meld(root: Path) -> Corpus:
 
 
 def _meld_rows(root: Path, split: str, table: Path, counts: Counter) -> list[tuple[str, dict[str, str]]]:
-    """The rows of one split in the order of speaking, with the columns of `read_csv`."""
+    """In the order of speaking, with the columns of `read_csv`."""
     folder = _find(root, split, MELD_CLIPS[split]) or root / MELD_CLIPS[split]  # no folder: no clips
     clips = {p.stem: p for p in _files(folder, "dia*.mp4")}
     # Corrected cuts of the test clips take the place of the wrong ones.
@@ -341,8 +337,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> tuple[list[tuple[str, d
         for cells in filter(None, lines):
             where = f"{path}:{lines.line_num}"
             if len(cells) != len(columns):
-                counts = f"{len(cells)} fields, but {len(columns)} columns"
-                raise InputError(f"{where}: {counts}; quote text that contains the delimiter")
+                raise InputError(f"{where}: {len(cells)} fields, but {len(columns)} columns; quote text with commas")
             rows.append((where, dict(zip(columns, cells))))
     except csv.Error as e:
         raise InputError(f"{path}:{lines.line_num}: malformed row ({e}); look for an unclosed quote") from e
@@ -359,9 +354,9 @@ def read_table(path: Path, required: tuple[str, ...]) -> tuple[list[tuple[str, d
 def read_csv(path: Path) -> Corpus:
     """Reads your own corpus from a csv: the columns CSV_FIELDS, and optionally id, audio, video, start and end.
 
-    Rows of a conversation are in the order of speaking; those of another may stand between them. An utterance is named
-    "<conversation>_<id>", without a column id "<conversation>_<its number, from 0>". Label names are sorted. See
-    `make_utterance` for the other columns. Errors: InputError that names the line or the label at fault.
+    Rows of a conversation are in the order of speaking, but need not be adjacent. An utterance is named
+    "<conversation>_<id or number, from 0>". Label names are sorted. For the other columns see `make_utterance`.
+    Errors: InputError that names the line or the label at fault.
     """
     path = Path(path)
     rows, unused = read_table(path, CSV_FIELDS)
@@ -397,7 +392,7 @@ def _group(name: str, rows: list, label_names: tuple[str, ...], folder: Path, co
         if line_of.setdefault(u.id, where) != where:
             raise InputError(f"{where}: utterance {u.id!r} is there a second time, after {line_of[u.id]}")
         missing = {m: p for m in ("audio", "video") if (p := getattr(u, m)) is not None and not os.path.isfile(p)}
-        not_found |= {str(p): None for p in missing.values()}
+        not_found |= {UNPRINTABLE.sub("?", str(p)): None for p in missing.values()}
         utterances.append(dataclasses.replace(u, **dict.fromkeys(missing)))
     counts[f"media files not found ({', '.join(list(not_found)[:3])})"] = len(not_found)
     splits = {s: tuple(Conversation(c, tuple(x)) for c, x in conversations.items() if split_of[c] == s) for s in SPLITS}
@@ -418,16 +413,13 @@ def read_conversation(path: Path) -> Conversation:
 def make_utterance(row: dict, where: str, name: str, folder: Path, label: int = -1) -> Utterance:
     """An utterance from a csv row or a JSON object with the keys FIELDS, of which the first is required.
 
-    audio and video are paths relative to `folder`; without audio, the audio of the video is used. start and end are
-    times in these files: seconds, mm:ss or hh:mm:ss, with a point or a comma before decimals. Control characters in
-    text become blanks. Errors: InputError that begins with `where`.
+    Paths are relative to `folder`; without audio, the video's own is used. start and end are times in these files, in
+    seconds, mm:ss or hh:mm:ss, with a decimal point or comma. Errors: InputError that begins with `where`.
     """
     row = {k: text for k, v in row.items() if v is not None and (text := str(v).strip())}
     speaker = _name(row.get("speaker", ""), where, "speaker")
     text = UNPRINTABLE.sub(" ", row.get("text", "").translate(PUNCTUATION)).strip()
     paths = {m: folder / row[m] for m in ("audio", "video") if m in row}
-    if wrong := [m for m in paths if UNPRINTABLE.search(row[m])]:
-        raise InputError(f"{where}: control character in the path of the {wrong[0]}; remove it")
     times = {}
     for column in (c for c in ("start", "end") if c in row):
         match = TIME.fullmatch(row[column].lower().replace(",", "."))
@@ -484,13 +476,11 @@ def read_features(path: Path) -> FeatureFile:
     try:
         with safe_open(path, framework="pt") as f:
             tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except Exception as e:  # a damaged header makes safetensors and torch raise nearly anything
-        raise InputError(f"{path}: not a readable feature file ({e}); the README describes the format") from e
-    try:
         names = {name: json.loads(metadata[name]) for name in (*NAMES, "split_names")}
         made_from = dict(json.loads(metadata.get("made_from", "{}")))
-    except (KeyError, ValueError, TypeError) as e:
-        raise InputError(f"{path}: the metadata must have {', '.join(NAMES)} and split_names, as JSON ({e})") from e
+    except Exception as e:  # a damaged header makes safetensors and torch raise nearly anything
+        needed = f"its metadata must have {', '.join(NAMES)} and split_names, as JSON"
+        raise InputError(f"{path}: not a readable feature file ({type(e).__name__}: {e}); {needed}") from e
     if names.pop("split_names") != list(SPLITS):
         raise InputError(f"{path}: field 'split_names' must be {list(SPLITS)}")
     return dataclasses.replace(check_features(path, tensors, names), made_from=made_from)
@@ -504,18 +494,15 @@ def check_features(where: Path | str, tensors: dict[str, Tensor], names: dict[st
 
     for name, known in names.items():
         usable = isinstance(known, list) and all(isinstance(x, str) and x.strip() for x in known)
-        if not usable or any(UNPRINTABLE.search(x) for x in known):
-            raise bad(name, "must be a list of names, each of them text, not empty, without control characters")
-        if len(set(known)) < len(known):
-            raise bad(name, f"contains the name {Counter(known).most_common(1)[0][0][:60]!r} twice")
+        if not usable or len(set(known)) < len(known) or any(UNPRINTABLE.search(x) for x in known):
+            raise bad(name, "must be a list of different names, as text, not empty, without control characters")
     if not 2 <= len(names["label_names"]) <= MOST_CLASSES:
         raise bad("label_names", f"must name 2 to {MOST_CLASSES} classes, got {len(names['label_names'])}")
     N, rows = len(names["utterance_names"]), {}
     for name in ROWS:
-        x, known = tensors.get(name), names.get(f"{name}_names", SPLITS)
-        if x is None or x.shape != (N,) or x.dtype != torch.int64:
-            got = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
-            raise bad(name, f"must be int64 [{N}], one per utterance name; got {got}")
+        x, known = tensors.get(name, torch.empty(0)), names.get(f"{name}_names", SPLITS)
+        if x.shape != (N,) or x.dtype != torch.int64:
+            raise bad(name, f"must be int64 [{N}], one per utterance name; got {x.dtype} {list(x.shape)}")
         if len(out := ((x < 0) | (x >= len(known))).nonzero()):
             raise bad(name, f"must be 0 to {len(known) - 1}; row {int(out[0])} has {int(x[out[0]])}")
         rows[name] = x
@@ -565,8 +552,7 @@ def to_feature_file(encoded: dict[str, Encoded], corpus: Corpus, made_from: dict
 def standardise(file: FeatureFile) -> tuple[FeatureFile, dict[str, dict[str, list[float]]]]:
     """Features of kinds that no encoder of this project made, with mean 0 and std 1 per column over train.
 
-    Columns of different size are usual in features by other programs, and a column of size 1e5 drowns the others. A
-    column that is constant in train becomes 0. Returns the file and {kind: {"mean": [d], "std": [d]}}, std 0 for a
+    A column that is constant in train becomes 0. Returns the file and {kind: {"mean": [d], "std": [d]}}, std 0 for a
     constant column. Errors: InputError for a kind that train lacks.
     """
     features, moments = dict(file.features), {}

@@ -1,8 +1,5 @@
 """Stage 1's encoders: from files to one feature (a vector) per utterance, for text (Eq. 1-3), audio (4) and video (5).
 
-`open_window` reads a stretch of an audio or video stream from any file that PyAV reads, with true times; `load_audio`
-and `load_frames` make tensors of it; `MediaStore` caches them.
-
 An encoder is a pretrained transformer (a hub name, or a folder written by `save_pretrained`), a rule for which of its
 output vectors stands for the utterance, a linear layer where its width is not d, and a linear classifier. All are
 called alike: `features, logits = encoder(examples)`, [B, d] and [B, C].
@@ -12,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -45,8 +41,7 @@ SHORTEST = 4_800  # samples (0.3 s); shorter clips are padded: SpecAugment raise
 MARGIN = 1.0  # seconds of video before and after an utterance of a longer recording
 LEAD = 1.0  # seconds of audio decoded before the window: MP3 and Opus packets need those before them
 SEARCH = 10.0  # seconds before the window at which MPEG streams are searched: they have no index of key frames
-# From 5.1 and its relatives to mono by ITU-R BS.775. These are the proportions of its stereo's mean: left and right at
-# 1, the centre at 0.7 on both sides, surround at 0.7 on its own side. 7.1's side channels count as surround.
+# The mean of ITU-R BS.775's stereo: left and right at 1, the centre at 0.7 on both sides, surround at 0.7 on its own.
 MIX = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0, "BL": 0.5, "BR": 0.5, "SL": 0.5, "SR": 0.5, "BC": 0.5}
 SPEAKER_TOKENS = [f"<s{i}>" for i in range(1, 10)]  # MELD has at most 9 speakers in a conversation; a tenth shares <s9>
 
@@ -55,14 +50,13 @@ SPEAKER_TOKENS = [f"<s{i}>" for i in range(1, 10)]  # MELD has at most 9 speaker
 
 
 class UnreadableError(MediaError):
-    """The file is missing or cannot be read now. Unlike broken content this may change, so it is not cached."""
+    """The file is missing or cannot be read now. This may change, so it is not cached."""
 
 
 class Window:
-    """A stretch of one stream: its packets, read but not yet decoded. Times are in seconds from the container's start.
+    """A stretch of one stream: its packets, not yet decoded. Times are in seconds from the container's start.
 
-    All packets are read first, since only the last time stamp tells where a stream ends: a container may name no length
-    (browser recordings), or that of another stream.
+    All packets are read first, since only the last time stamp tells where a stream ends: containers may name no length.
     """
 
     def __init__(self, container, stream, start: float, end: float, seek: bool):
@@ -119,11 +113,11 @@ def open_window(path: Path, kind: str, start: float, end: float) -> Iterator[Win
     """Opens a file and reads its "audio" or "video" from `start` to `end` (seconds), with what its decoding needs.
 
     A seek is tried first, except in formats whose packets have no time stamps of their own (MP3, Ogg, WAV, ..). If it
-    ends too late, the packets are read from the beginning of the file, though not decoded before they are needed.
+    ends too late, the packets are read from the beginning of the file.
     Errors: MediaError for a file without such a stream; UnreadableError; what PyAV raises for a broken file.
     """
     for seek in (start > 0, False):
-        with _open(path) as container:
+        with av.open(absolute(path)) as container:
             streams = [s for s in getattr(container.streams, kind) if s.codec_context is not None]
             streams = [s for s in streams if not s.disposition & Disposition.attached_pic]  # a cover picture
             if not streams:
@@ -135,22 +129,15 @@ def open_window(path: Path, kind: str, start: float, end: float) -> Iterator[Win
                 return
 
 
-def check_is_file(path: Path | None) -> None:
-    """Errors: UnreadableError."""
+def absolute(path: Path | None) -> str:
+    """FFmpeg takes a relative name with a colon for a URL. Errors: UnreadableError."""
     if path is None or not os.path.isfile(path):  # False, without an error, for names that no disk can hold
         raise UnreadableError("not a file" if path is not None and os.path.exists(path) else "missing")
-
-
-def _open(path: Path):
-    check_is_file(path)
-    return av.open(os.path.abspath(path))  # FFmpeg takes a relative name with a colon for a URL
+    return os.path.abspath(path)
 
 
 def load_audio(path: Path, start: float = 0.0, end: float | None = None) -> Tensor:
-    """The audio of a file from `start` to `end` (seconds), at most MAX_SECONDS of it. float32 [T], 16 kHz mono.
-
-    Errors: MediaError for a file that is missing, broken or without audio, or with less than 25 ms of it.
-    """
+    """Audio from `start` to `end` (seconds), at most MAX_SECONDS. float32 [T], 16 kHz mono. Errors: MediaError."""
     return _load_audio(path, start, end)[0]
 
 
@@ -162,8 +149,6 @@ def _load_audio(path: Path, start: float, end: float | None) -> tuple[Tensor, st
         for time, frame in window.frames():
             if time >= stop:
                 break
-            if frame.sample_rate > 400_000:  # no recorder has it, and the resampler's memory grows with it
-                raise MediaError(f"{frame.sample_rate} samples per second")
             if rate is None:
                 rate, begin = frame.sample_rate, time
             samples = _to_mono(frame, rate, packers)
@@ -181,7 +166,7 @@ def _load_audio(path: Path, start: float, end: float | None) -> tuple[Tensor, st
     if len(audio) < 0.025 * rate:  # one step of the encoder's convolutions
         raise MediaError(f"ends at {begin + count / rate:.1f} s, {1000 * len(audio) / rate:.0f} ms of the utterance")
     note = _loss(window, len(audio) / rate - gaps, start, end)
-    # To the nearest 25 Hz (nobody hears 44,101 Hz as 44,100): the resampler's memory grows with rate / gcd(rate, RATE).
+    # To the nearest 25 Hz, which nobody hears: the resampler's memory grows with rate / gcd(rate, RATE).
     audio = A.resample(audio, max(25, round(rate / 25) * 25), RATE)
     audio = audio.nan_to_num().clamp(-1, 1)
     return audio, "silent throughout" if audio.abs().max() < 1e-4 else note  # three steps of 16 bits
@@ -209,8 +194,7 @@ def load_frames(path: Path, start: float | None, end: float | None, count: int =
     """Frames spread evenly over an utterance. uint8 [count, 3, size, size], RGB.
 
     start, end: seconds; the window is a second wider on both sides. None: all of the file, at most MAX_SECONDS of it.
-    The whole picture is squeezed to a square: actors sit at its edges, where a centre crop would cut them off.
-    Errors: MediaError for a file that is missing, broken or without video in that window.
+    The whole picture is squeezed to a square: a centre crop would cut off actors at its edges. Errors: MediaError.
     """
     return _load_frames(path, start, end, count, size)[0]
 
@@ -245,23 +229,20 @@ def _picture(frame: av.VideoFrame, size: int) -> Tensor:
 
 
 def decode(u: Utterance, modality: str, frames: int = 8, size: int = 224) -> tuple[np.ndarray, str]:
-    """An utterance's "audio", int16 [T] at 16 kHz, or its "video", uint8 [frames, 3, size, size].
+    """An utterance's "audio", int16 [T] at 16 kHz, or "video", uint8 [frames, 3, size, size]; a note for the report.
 
-    And what is wrong with it, for the report, or "". Audio is cut to the utterance's start and end, unless the file
-    holds this utterance only: `u.audio_is_cut`, or another file than the video, that ends before `u.end` and is about
-    as long as the utterance.
+    Audio is cut to the utterance's start and end, unless the file holds this utterance only: `u.audio_is_cut`, or
+    another file than the video, that ends before `u.end` and is about as long as the utterance.
     Errors: MediaError that says why there is none; UnreadableError if that may change.
     """
     path = getattr(u, modality)
     start, end = (None, None) if modality == "audio" and u.audio_is_cut else (u.start, u.end)
-    if end is not None and not (start or 0.0) < end:
-        raise MediaError(f"the utterance is to last from {start or 0.0:.1f} to {end:.1f} s")
     try:
         if modality == "video":
             x, note = _load_frames(path, start, end, frames, size)
             return x.numpy(), note
         if end is not None and path != u.video:
-            with _open(path) as container:
+            with av.open(absolute(path)) as container:
                 seconds = (container.duration or 0) / av.time_base
             if seconds < end and abs(seconds - (end - (start or 0.0))) <= 0.5:
                 start, end = None, None
@@ -289,12 +270,9 @@ class Entry(NamedTuple):
 class MediaStore:
     """Decoded audio and frames, so that no file is decoded twice.
 
-    folder/MODALITY/KEY.safetensors contains what `decode` returns, of length 0 for broken media, and in its metadata
-    the fields of Entry. KEY is a hash of the media file's content, the window, `frames`, `size` and DECODER_VERSION, so
-    runs can share the folder, and it can be moved. folder/index.jsonl has the hash of each media file, whose size and
-    time decide whether it is hashed again. Writes are atomic, so a killed run resumes; nothing is deleted.
-
-    modalities: which of "audio" and "video" are wanted. frames, size: of a video, how many and of how many pixels.
+    folder/MODALITY/KEY.safetensors contains what `decode` returns, of length 0 for broken media. KEY is a hash of the
+    media file's content, the window, `frames`, `size` and DECODER_VERSION, so runs can share the folder, and it can be
+    moved. folder/index.jsonl has the hash of each media file, whose size and time decide whether it is hashed again.
     """
 
     def __init__(self, folder: Path, modalities: tuple[str, ...], frames: int = 8, size: int = 224):
@@ -304,32 +282,27 @@ class MediaStore:
         self.entries: dict[tuple[str, str], Entry] = {}  # by utterance and modality, of the last `fill`
 
     def fill(self, utterances: list[Utterance], workers: int) -> None:
-        """Decodes what is not in the store yet. The methods below answer for these utterances.
+        """Decodes what is not in the store yet, in threads: FFmpeg and torch release Python's lock while they work.
 
-        In threads: FFmpeg and torch release Python's lock while they work.
-        Errors: InputError if the disk is too small; OSError if the folder cannot be used.
+        The methods below answer for these utterances. Errors: InputError or OSError if the folder cannot be used.
         """
         for m in self.modalities:
             (self.folder / m).mkdir(parents=True, exist_ok=True)
-        self._read_index()
+        for line in self.index.read_bytes().splitlines() if self.index.exists() else ():
+            try:
+                self.hashes |= json.loads(line)
+            except (ValueError, TypeError):
+                print(f"{self.index}: a line that is torn or not of this program is ignored", flush=True)
         wanted = [(u, m) for u in utterances for m in self.modalities]
         files = list({getattr(u, m): None for u, m in wanted})  # one video may serve many utterances
-        pool = ThreadPoolExecutor(workers)
-        try:
+        with ThreadPoolExecutor(workers) as pool:
             hashes = dict(zip(files, pool.map(self._hash, files)))
             self.entries = {(u.id, m): self._find(u, m, hashes[getattr(u, m)]) for u, m in wanted}
             todo = {entry.path: at for at, entry in zip(wanted, self.entries.values()) if entry == Entry(entry.path)}
-            need = sum(self.bytes_for(u, m) for u, m in todo.values()) / 1e9
-            free = shutil.disk_usage(self.folder).free / 1e9
-            if need > free:
-                what = f"{len(todo)} decoded clips need {need:.1f} GB, and {free:.1f} are free"
-                raise InputError(f"{self.folder}: {what}; give a folder on a larger disk with --media")
             print(f"{self.folder}: {len(todo)} audio and video clips to decode", flush=True)
             made = tqdm(pool.map(self._make, todo, todo.values()), "decoding", len(todo), unit=" clips", disable=None)
             made = dict(zip(todo, made))
             self.entries = {at: made.get(entry.path, entry) for at, entry in self.entries.items()}
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def get(self, utterance_id: str, modality: str) -> Tensor:
         """Audio: float32 [T], 16 kHz mono, -1 to 1. Video: uint8 [frames, 3, size, size], RGB."""
@@ -353,18 +326,10 @@ class MediaStore:
         seconds = 4.0 if u.end is None else min(max(0.0, u.end - (u.start or 0.0)), MAX_SECONDS)  # 0 if it is NaN
         return int(seconds * RATE * 2) if modality == "audio" else self.frames * 3 * self.size**2
 
-    def _read_index(self) -> None:
-        for line in self.index.read_bytes().splitlines() if self.index.exists() else ():
-            try:
-                self.hashes |= json.loads(line)
-            except (ValueError, TypeError, RecursionError):
-                print(f"{self.index}: a line that is torn or not of this program is ignored", flush=True)
-
     def _hash(self, path: Path | None) -> str | UnreadableError:
         try:
-            check_is_file(path)
-            status = os.stat(path)
-            name = f"{status.st_size} {status.st_mtime_ns} {os.path.abspath(path)}"
+            status = os.stat(absolute(path))
+            name = f"{status.st_size} {status.st_mtime_ns} {absolute(path)}"
             if name not in self.hashes:
                 self.hashes[name] = hash_file(path)
                 append_line(self.index, json.dumps({name: self.hashes[name]}))
@@ -375,7 +340,7 @@ class MediaStore:
             return UnreadableError(f"cannot be read ({e.strerror})")
 
     def _find(self, u: Utterance, modality: str, content: str | UnreadableError) -> Entry:
-        """What is known of an utterance's media: only the path if they are not decoded yet."""
+        """Only with its path if it is not decoded yet."""
         if isinstance(content, UnreadableError):
             return Entry(note=str(content))
         options = [self.frames, self.size] if modality == "video" else [u.audio_is_cut, u.audio == u.video]
@@ -392,13 +357,13 @@ class MediaStore:
     def _make(self, path: Path, job: tuple[Utterance, str]) -> Entry:
         u, modality = job
         try:
-            x, note = decode(u, modality, self.frames, self.size)
-            x = torch.from_numpy(x)
-            content = digest(x)
+            array, note = decode(u, modality, self.frames, self.size)
         except UnreadableError as e:  # since it was hashed
             return Entry(note=str(e))
         except MediaError as e:
-            x, content, note = torch.empty(0), "", str(e)
+            array, note = np.empty(0), str(e)
+        x = torch.from_numpy(array)
+        content = digest(x) if len(x) else ""
         replace_file(path, lambda temporary: save_file({"array": x}, temporary, {"digest": content, "note": note}))
         return Entry(path, content, note, len(x))
 
@@ -412,7 +377,7 @@ def hash_file(path: Path) -> str:
 
 
 class Encoder(nn.Module):
-    """What the three share: a pretrained backbone, a linear layer where its width is not d, a linear classifier."""
+    """What the three share."""
 
     def __init__(self, checkpoint: str, option: str, num_classes: int, width: int):
         super().__init__()
@@ -432,10 +397,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(Encoder):
-    """RoBERTa at the mask of a prompt (Eq. 3). Examples are lists of token ids, from `prompts`.
-
-    max_tokens: the longest prompt, unless the checkpoint itself takes shorter ones only.
-    """
+    """RoBERTa at the mask of a prompt (Eq. 3). Examples are lists of token ids, from `prompts`, at most max_tokens."""
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768, max_tokens: int = 512):
         t = load(transformers.AutoTokenizer.from_pretrained, checkpoint, "--text-model")
@@ -493,8 +455,8 @@ class TextEncoder(Encoder):
 class AudioEncoder(Encoder):
     """Data2vec or its relatives, mean over the frames (Eq. 4). Examples are float32 [T] at 16 kHz.
 
-    Each clip goes through the backbone by itself: in this family padding leaks into the clip, through group norms,
-    position convolutions or attention, and its feature would depend on the longest clip of the batch.
+    Each clip goes through the backbone by itself: in this family padding leaks into the clip, and its feature would
+    depend on the longest clip of the batch.
     """
 
     def __init__(self, checkpoint: str, num_classes: int, width: int = 768):
@@ -522,7 +484,7 @@ class VideoEncoder(Encoder):
         processor = load(transformers.AutoImageProcessor.from_pretrained, checkpoint, "--video-model")
         super().__init__(checkpoint, "--video-model", num_classes, width)
         mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 3, 1, 1)
-        # (pixels * factor - offset - mean) / std, as (pixels / 255 - self.mean) / self.std. ViViT rescales to -1 .. 1.
+        # As (pixels / 255 - self.mean) / self.std. ViViT subtracts an offset besides: it rescales to -1 .. 1.
         scale, offset = 255 * processor.rescale_factor, float(getattr(processor, "offset", False))
         self.register_buffer("mean", (mean + offset) / scale, persistent=False)
         self.register_buffer("std", std / scale, persistent=False)
@@ -573,9 +535,7 @@ def load_backbone(checkpoint: str, option: str) -> nn.Module:
 
 
 def checkpoint_digest(checkpoint: str) -> str | None:
-    """A hash of a local folder's weights, configuration, tokenizer and processor; "name@commit" of what the hub's cache
-    has. None if that cannot be known offline.
-    """
+    """A hash of a local folder's files, or "name@commit" of what the hub's cache has. None if not known offline."""
     if Path(checkpoint).is_dir():
         suffixes = (".json", ".safetensors", ".bin", ".txt", ".model")
         return digest([(p.name, hash_file(p)) for p in sorted(Path(checkpoint).iterdir()) if p.suffix in suffixes])

@@ -334,9 +334,8 @@ def run_stage1(
     files = {name: (run.out / f"{name}.safetensors", run.out / f"{name}.features.safetensors") for name in names}
     fits = {n: is_current(files[n][1], made[n].features) for n in names}
     # Weights that somebody removed, to save space, are not missed as long as their features are today's.
-    to_train = [
-        n for n in names if not is_current(files[n][0], made[n].weights) and (files[n][0].exists() or not fits[n])
-    ]
+    to_train = [n for n in names if files[n][0].exists() or not fits[n]]
+    to_train = [n for n in to_train if not is_current(files[n][0], made[n].weights)]
     if "audio_kd" in to_train and "audio" not in to_train and not files["audio"][0].exists():
         to_train.insert(to_train.index("audio_kd"), "audio")
     to_encode = [n for n in names if n in to_train or not fits[n]]
@@ -353,17 +352,16 @@ def run_stage1(
         weights, features = files[name]
         encoder, examples = new_encoder(name)
         if name in to_train:
-            teacher = read_encoded(files[TEXT][1]) if name.endswith("_kd") else None
+            teacher = Encoded(**load_file(files[TEXT][1])) if name.endswith("_kd") else None
             if name == "audio_kd":
                 load_model(encoder, files["audio"][0])
             train_encoder(name, encoder, examples, teacher, config, corpus, weights, seed, made[name].weights)
         load_model(encoder, weights)
         encoded = encode(encoder, examples, [u.id for u in corpus.utterances()], config.precision)
         ids = {"utterances": json.dumps([u.id for u in corpus.utterances()])}
-        put(features, lambda path, x=encoded, ids=ids, name=name: save_file(
-            x._asdict(), path, {**ids, **metadata(made[name].features)}
-        ))  # fmt: skip
-    return {name: read_encoded(files[name][1]) for name in names}, {n: digest(made[n].weights) for n in names}
+        about_it = ids | metadata(made[name].features)
+        put(features, lambda path, x=encoded, about_it=about_it: save_file(x._asdict(), path, about_it))
+    return {name: Encoded(**load_file(files[name][1])) for name in names}, {n: digest(made[n].weights) for n in names}
 
 
 class Made(NamedTuple):
@@ -508,10 +506,6 @@ def encode(encoder: Encoder, examples: Examples, ids: list[str], precision: str 
     return encoded
 
 
-def read_encoded(path: Path) -> Encoded:
-    return Encoded(**load_file(path))
-
-
 def most_likely(encoded: Encoded) -> list[int]:
     """The most likely class of each utterance; class 0 where audio or video is missing: a prediction like any other."""
     return encoded.logits.nan_to_num().argmax(dim=1).tolist()
@@ -619,7 +613,7 @@ def run_stage2(
             ]
             f1 = [scores(r["labels"], r["predictions"])["weighted_f1"] for r in rows[row]]
             std = np.std(f1, ddof=1) if len(f1) > 1 else 0.0
-            print(f"{row}: test W-F1 {np.mean(f1):.2f} ± {std:.2f}, {len(f1)} seeds", flush=True)
+            print(f"{row}: test W-F1 {np.mean(f1):.2f} ± {std:.2f}, seeds: {len(f1)}", flush=True)
     return rows
 
 
@@ -681,10 +675,7 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
     options: they must be those that the folder was made with. notes: written to config.json besides.
     Errors: InputError if the folder holds other files, is in use, or was made with other options.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be made ({e.strerror}); give another --out") from e
+    out.mkdir(parents=True, exist_ok=True)
     marker, options = out / MARKER, json.loads(json.dumps(options))
     names = sorted(p.name for p in out.iterdir() if p.name != ".lock" and not p.name.startswith(TEMPORARY))
     if names and MARKER not in names:
@@ -745,17 +736,16 @@ def about(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_bytes())
-            return {name: found[name] for name in ("key", "made_from")}
+            return {"key": found["key"], "made_from": dict(found["made_from"])}
         with safe_open(path, framework="pt") as f:
             found = f.metadata() or {}
-        return {"key": found["key"], "made_from": json.loads(found["made_from"]), "code": found["code"]}
+        return {"key": found["key"], "made_from": dict(json.loads(found["made_from"])), "code": found["code"]}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return {}
 
 
 def made_from(path: Path) -> dict[str, Any]:
-    parts = about(path).get("made_from", {})
-    return parts if isinstance(parts, dict) else {}
+    return about(path).get("made_from", {})
 
 
 def is_current(path: Path, parts: dict[str, Any]) -> bool:
@@ -765,7 +755,7 @@ def is_current(path: Path, parts: dict[str, Any]) -> bool:
     found = about(path)
     if found.get("key") == digest(parts):
         return True
-    before, now = made_from(path), json.loads(json.dumps(parts))
+    before, now = found.get("made_from", {}), json.loads(json.dumps(parts))
     changed = [name for name in now if before.get(name) != now[name]]
     why = f"made from other {', '.join(changed)}" if before else "not of this program, or damaged"
     why = "--fresh" if "salt" in changed and before else why
@@ -849,8 +839,6 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         corpus = READERS[args.corpus](args.root)
         return check.check(corpus, args.root, config, args.out, args.device)
     device = torch.device(args.device or choose_device(args.encoders == "full" and not args.features))
-    for name, path in (("--root", args.root), ("--features", args.features)):
-        check_apart(args.out, name, path)
     corpus = file = None
     if args.features:
         file = read_features(args.features)
@@ -882,8 +870,10 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
             names.remove("video_kd")
         if not args.fresh:
             check_absent(corpus, names, args.out)
-        store = open_store(args.media or args.out / "media", config)
-        if store:
+        store, wanted = None, tuple(m for m in ("audio", "video") if m in config.modalities)
+        if wanted:
+            shape = video_shape(config.video_model) if "video" in wanted else ()
+            store = MediaStore(args.media or args.out / "media", wanted, *shape)
             store.fill(corpus.utterances(), args.workers)
             problems = store.problems()
         encoded, keys = run_stage1(config, names, corpus, store, run, args.seed, device)
@@ -917,21 +907,16 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
     if path.is_file() and not path.is_symlink() and not path.read_bytes().startswith(b"# MAGTKD on "):
         print(f"{path} is not this program's: it is kept as {set_aside(path).name}")
     table = report.write_report(args.out, result)
-    print(f"\n{result['title']}; test, {args.seeds} seeds of stage 2\n\n{table}\n")
+    print(f"\n{result['title']}; test, seeds of stage 2: {args.seeds}\n\n{table}\n")
     print(f"The whole report: {args.out / 'report.md'}")
 
 
-def open_store(folder: Path, config: Config) -> MediaStore | None:
-    wanted = tuple(m for m in ("audio", "video") if m in config.modalities)
-    shape = video_shape(config.video_model) if "video" in wanted else ()
-    return MediaStore(folder, wanted, *shape) if wanted else None
-
-
 def write_joint(path: Path, file: FeatureFile) -> None:
-    """features.safetensors: all encoders' features with labels and speakers, unless it is there already."""
+    """features.safetensors: all encoders' features with labels and speakers, unless it has them already."""
     try:
-        old = read_features(path)
-        same = old.made_from == file.made_from and file_digest(old, old.features) == file_digest(file, file.features)
+        old = read_features(path)  # after an ablation it has a kind more
+        same = file.made_from.items() <= old.made_from.items() and file.features.keys() <= old.features.keys()
+        same = same and file_digest(old, file.features) == file_digest(file, file.features)
     except InputError:
         same = False  # none yet, or another program's
     if not same:
@@ -976,22 +961,12 @@ def check_media(corpus: Corpus, config: Config, root: Path) -> None:
                 )
 
 
-def check_apart(out: Path, name: str, path: Path | None) -> None:
-    """Errors: InputError if --out is an input, lies in one, or holds one: writing there could damage it."""
-    folder, path = os.path.realpath(out), path and os.path.realpath(path)
-    if path and os.path.exists(path) and os.path.commonpath([folder, path]) in (folder, path):
-        raise InputError(f"--out {out} and {name} {path} lie in each other; give another --out")
-
-
 def choose_device(full_size: bool) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if os.path.exists("/proc/driver/nvidia/version"):
-        print(
-            f"an NVIDIA GPU is here, and torch {torch.__version__} cannot use it: compare its CUDA "
-            f"({torch.version.cuda}) with what nvidia-smi prints. This run uses the CPU",
-            file=sys.stderr,
-        )
+        why = f"compare its CUDA ({torch.version.cuda}) with what nvidia-smi prints"
+        print(f"an NVIDIA GPU is here, and torch {torch.__version__} cannot use it: {why}", file=sys.stderr)
     if full_size:
         print("full-size encoders on a CPU may take days: --check estimates, --encoders tiny is small", file=sys.stderr)
     return "cpu"
@@ -1021,24 +996,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--check", action="store_true", help="is --root complete, and what will a run need? Trains and writes nothing")
     add("--fresh", action="store_true", help="train everything again; old files are kept under a second name")
     for f in dataclasses.fields(Config):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        shown = (
-            default["text"]
-            if isinstance(default, dict)
-            else ",".join(default)
-            if f.type == tuple[str, ...]
-            else default
-        )
-        options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} (default: {shown})"}
+        how = {"type": converter(f), "choices": f.metadata["choices"]}
         if f.type is bool:
-            options |= {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
-        else:
-            options |= {
-                "type": converter(f),
-                "choices": f.metadata["choices"],
-                "metavar": None if f.metadata["choices"] else "X",
-            }
-        add(f"--{f.name.replace('_', '-')}", **options)
+            how = {"action": argparse.BooleanOptionalAction}
+        text = f"{f.metadata['help']} (default: {getattr(Config(), f.name)})"
+        add(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
     args = parser.parse_args(argv)
 
     base = CONFIGS[args.corpus]
@@ -1123,14 +1085,12 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{folder} is no run's folder: it has no config.json. `bash run.sh demo` makes runs/demo")
     options, given = read_json(path), {}
-    for f in dataclasses.fields(Config):
-        x = options.get(f.name)
-        kind = {dict[str, float]: dict, dict[str, int]: dict, tuple[str, ...]: list, float: (int, float)}.get(
-            f.type, f.type
-        )
-        if not isinstance(x, kind):
-            raise InputError(f"{path}: {f.name} is missing or damaged; the run's own command writes it anew")
-        given[f.name] = tuple(x) if isinstance(x, list) else x
+    for name, default in dataclasses.asdict(Config()).items():
+        x = options.get(name)
+        x = tuple(x) if isinstance(x, list) else float(x) if type(x) is int and isinstance(default, float) else x
+        if type(x) is not type(default):
+            raise InputError(f"{path}: {name} is missing or damaged; the run's own command writes it anew")
+        given[name] = x
     return Config(**given), options
 
 
@@ -1139,10 +1099,10 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errn
 DISK |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
-def run_command(program: str, work: Callable[[], None]) -> int:
+def run_command(program: str, work: Callable[[], None], stopped: str = "stopped") -> int:
     """Runs a command of this project. Returns its exit code: 0; 2 with one line for the user's error; 130 for Ctrl-C.
 
-    Any other error is a bug: its traceback is shown, and the exit code is 1.
+    stopped: what to say then. Any other error is a bug: its traceback is shown, and the exit code is 1.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1156,12 +1116,10 @@ def run_command(program: str, work: Callable[[], None]) -> int:
     except InputError as e:
         return complain(f"{program}: {e}", 2)
     except KeyboardInterrupt:
-        return complain("\nstopped; the same command resumes", 130)
+        return complain(f"\n{stopped}", 130)
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
-        return complain(
-            f"{program}: the GPU's memory is full ({reason}); try --gradient-checkpointing or smaller batches", 2
-        )
+        return complain(f"{program}: the GPU's memory is full ({reason}); try --gradient-checkpointing", 2)
     except BrokenPipeError:  # as in `.. | head`: nobody reads on
         discard_output()
         return 141
@@ -1187,7 +1145,7 @@ def complain(message: str, code: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
-    return run_command("magtkd", lambda: run_all(args, config))
+    return run_command("magtkd", lambda: run_all(args, config), "stopped; the same command resumes")
 
 
 if __name__ == "__main__":

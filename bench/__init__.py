@@ -9,6 +9,5 @@ report.py     numbers, tables and the figure from results/<device>.json: `python
 
 import os
 
-# Set before torch is imported. A waiting OpenMP thread spins briefly, then sleeps. The default, long spinning makes a
-# step 2.5 times slower on a busy machine, and changes nothing on an idle one.
+# Set before torch is imported: long spinning of waiting OpenMP threads makes a step 2.5 times slower on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

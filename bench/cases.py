@@ -1,39 +1,38 @@
 """What is measured: models, lengths, inputs, the stage-2 step, the encoders of stage 1.
 
-Granularity by itself (section 4.7 names no model): MAGT over utterances, as in the paper, against MAGT over frames, the
-same weights, where each utterance is a sequence of L rows. Then MulT, the frame-level model of the literature:
-
-    matched       D = 768, 8 heads, one layer in every encoder and memory, inputs of width D. (The authors' rule gives
-                  the memories 3 layers at least; that would count against MulT for its depth, not for its frames.)
-    as published  d = 40, 8 heads, 4 layers, inputs of 300, 74 and 35 (GloVe, COVAREP, Facet)
-    as released   the defaults of the authors' code: d = 30, 5 heads, 5 layers
+Section 4.7 names no model: so MAGT over utterances, as in the paper, against MAGT over frames, the same weights, where
+each utterance is a sequence of L rows. Then MulT, the frame-level model of the literature: with D and one layer (its
+depth should not count against it), as published, and with the defaults of the authors' code. The two narrow ones have
+inputs of 300, 74 and 35 (GloVe, COVAREP, Facet).
 
 U utterances per conversation, L frames per utterance. Costs are given per utterance; FLOPs and bytes are proportional
 to the number of utterances (tested). Timed calls are paired: each round times MAGT over utterances (REFERENCE) first.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from bench.cost import SEED, Flops, bfloat16_is_fast, magt_flops, mult_flops
+from bench.cost import Flops, magt_flops, mult_flops
 from bench.mult import MulT, MulTConfig
 from fusion import MAGT, FusionConfig
 from losses import stage2_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = ["float32", "bfloat16"] if bfloat16_is_fast(DEVICE) else ["float32"]
+SLOW_BFLOAT16 = DEVICE == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")  # minutes for a step
+DTYPES = ["float32"] if SLOW_BFLOAT16 else ["float32", "bfloat16"]
 MODALITIES = ("text", "audio", "video")
 CLASSES, SPEAKERS = 6, 2
-WIDTH, HEADS = 768, 8  # D of the paper
+WIDTH = 768  # D of the paper
 
 MAGT_U, MAGT_L = "MAGT over utterances", "MAGT over frames"
 MATCHED, PUBLISHED, RELEASED = "MulT matched", "MulT as published", "MulT as released"
 WIDTHS = {MAGT_U: WIDTH, MAGT_L: WIDTH, MATCHED: WIDTH, PUBLISHED: 40, RELEASED: 30}
+HEADS = {MATCHED: 8, PUBLISHED: 8, RELEASED: 5}
+LAYERS = {MATCHED: 1, PUBLISHED: 4, RELEASED: 5}
 FRAME_MODELS = (MAGT_L, MATCHED, PUBLISHED, RELEASED)
 
 UTTERANCES = (8, 32, 64, 128)  # U
@@ -47,8 +46,8 @@ LENGTHS = {  # text/audio/video; the first three are those of MulT's paper
 }
 
 ROUNDS = 5  # the range of 5 values contains the median of their distribution with a probability of 1 - 2 / 2^5 = 94 %
-# A timed call has MOST_UTTERANCES, or fewer where its forward pass would take more than MOST_FLOPS. Narrow models reach
-# a tenth of the FLOP/s of D = 768, so they get a tenth. On a CPU all models then have 64 rows or more, as REFERENCE.
+# A timed call has MOST_UTTERANCES, or fewer where its forward pass would take more than MOST_FLOPS; a tenth for narrow
+# models, which reach a tenth of the FLOP/s. On a CPU all models then have 64 rows or more, as REFERENCE.
 MOST_UTTERANCES = {"cpu": 64, "cuda": 1024}
 MOST_FLOPS = {"cpu": 2e10, "cuda": 1e12}
 
@@ -59,7 +58,6 @@ class Case:
 
     model: str
     length: int | tuple[int, int, int]  # a tuple: text/audio/video
-    width: int
 
     def __str__(self) -> str:
         length = "/".join(map(str, self.length)) if isinstance(self.length, tuple) else self.length
@@ -71,181 +69,138 @@ class Case:
         return dict(zip(MODALITIES, self.length if isinstance(self.length, tuple) else (self.length,) * 3))
 
     @property
-    def input_widths(self) -> tuple[int, int, int]:
-        if self.length == ENCODED:
-            return 1024, 768, 768
-        return (300, 74, 35) if self.model in (PUBLISHED, RELEASED) else (self.width,) * 3
-
-    @property
     def config(self) -> FusionConfig | MulTConfig:
-        widths = dict(zip(MODALITIES, self.input_widths))
-        if self.model in (MAGT_U, MAGT_L):
-            return FusionConfig(widths, CLASSES, SPEAKERS, width=self.width, heads=HEADS)
-        layers = {
-            MATCHED: {"heads": HEADS, "layers": 1, "memory_layers": 1},
-            PUBLISHED: {"heads": 8, "layers": 4, "memory_layers": 4},
-            RELEASED: {"heads": 5, "layers": 5, "memory_layers": 5},
-        }
-        return MulTConfig(widths, CLASSES, self.width, **layers[self.model])
-
-    def flops(self, samples: int) -> Flops:
-        """By the closed form, for `samples` utterances."""
-        if self.model in (MAGT_U, MAGT_L):
-            return magt_flops(self.config, self.rows(samples))
-        return mult_flops(self.config, samples, self.frames)
-
-    def rows(self, samples: int) -> list[int]:
-        """Lengths of MAGT's sequences: conversations of U utterances, or utterances of L frames."""
-        return [self.length] * (samples // self.length if self.model == MAGT_U else samples)
-
-    def build(self, device: str) -> nn.Module:
-        """The model with random weights; without weights on the meta device."""
-        model = MAGT_U if self.model == MAGT_L else self.model
-        return _build(replace(self, model=model, length=ENCODED if self.length == ENCODED else 1), device)
-
-    def inputs(self, samples: int, device: str) -> tuple:
-        """Random inputs of the model's forward, `samples` utterances of one length."""
-        if self.model in (MAGT_U, MAGT_L):
-            return conversations(self.rows(samples), self.width, device)
-        widths = self.config.widths.items()
-        return ({m: torch.randn(samples, self.frames[m], width, device=device) for m, width in widths},)
+        width = WIDTHS[self.model]
+        inputs = (width, width, width) if width == WIDTH else (300, 74, 35)
+        widths = dict(zip(MODALITIES, (1024, 768, 768) if self.length == ENCODED else inputs))
+        if self.model in LAYERS:
+            return MulTConfig(widths, CLASSES, width, HEADS[self.model], LAYERS[self.model])
+        return FusionConfig(widths, CLASSES, SPEAKERS, width)
 
     @property
     def fewest(self) -> int:
-        """One conversation, or one utterance."""
+        """Utterances of the smallest call: one conversation, or one utterance."""
         return self.length if self.model == MAGT_U else 1
 
+    def flops(self, samples: int) -> Flops:
+        """By the closed form, for `samples` utterances."""
+        if self.model in LAYERS:
+            return mult_flops(self.config, samples, self.frames)
+        return magt_flops(self.config, [self.length] * (samples // self.fewest))
+
     def timed_samples(self, device: str) -> int:
-        samples, most = MOST_UTTERANCES[device], MOST_FLOPS[device] * (1 if self.width == WIDTH else 0.1)
-        while samples > self.fewest and self.flops(samples).total > most:
-            samples //= 2
-        return max(samples, self.fewest)
+        most = MOST_FLOPS[device] * (1 if WIDTHS[self.model] == WIDTH else 0.1) / sum(self.flops(self.fewest))
+        return self.fewest * max(1, int(min(most, MOST_UTTERANCES[device] / self.fewest)))
 
-    def narrow(self) -> "Case":
-        """A quick variant, for runs that take no times."""
-        return replace(self, width=min(self.width, 96))
+    def build(self, device: str) -> nn.Module:
+        """The model with random weights; without weights on the meta device."""
+        return _build(self if self.length == ENCODED else replace(self, length=1), device)
 
-
-REFERENCE = Case(MAGT_U, 64, WIDTH)
-CASES = [
-    *(Case(MAGT_U, U, WIDTH) for U in UTTERANCES),
-    *(Case(model, L, WIDTHS[model]) for model in FRAME_MODELS for L in FRAMES),
-    *(Case(PUBLISHED, lengths, WIDTHS[PUBLISHED]) for lengths in LENGTHS),
-]
-QUICK = list({case.model: case for case in reversed(CASES)}.values())  # the first case of each model
+    def inputs(self, samples: int, device: str) -> tuple:
+        """Random inputs of the model's forward, `samples` utterances of one length."""
+        if self.model not in LAYERS:
+            return conversations([self.length] * (samples // self.fewest), device)
+        widths = self.config.widths.items()
+        return ({m: torch.randn(samples, self.frames[m], width, device=device) for m, width in widths},)
 
 
 @lru_cache(maxsize=3)
 def _build(case: Case, device: str) -> nn.Module:
-    torch.manual_seed(SEED)
+    torch.manual_seed(0)
     with torch.device(device):
-        return MAGT(case.config) if case.model == MAGT_U else MulT(case.config)
+        return MulT(case.config) if case.model in LAYERS else MAGT(case.config)
 
 
-def conversations(lengths: list[int], width: int, device: str) -> tuple:
+REFERENCE = Case(MAGT_U, 64)
+CASES = [
+    *(Case(MAGT_U, U) for U in UTTERANCES),
+    *(Case(model, L) for model in FRAME_MODELS for L in FRAMES),
+    *(Case(PUBLISHED, lengths) for lengths in LENGTHS),
+]
+QUICK = [Case(model, 8) for model in WIDTHS]  # for runs that take no times
+
+
+def conversations(lengths: list[int], device: str) -> tuple:
     """Random arguments of MAGT.forward, in order: features, speakers, lengths. Nothing is missing."""
     N = sum(lengths)
-    features = {m: torch.randn(N, width, device=device) for m in MODALITIES}
+    features = {m: torch.randn(N, WIDTH, device=device) for m in MODALITIES}
     return features, torch.randint(1, SPEAKERS + 1, (N,), device=device), lengths
 
 
-def inference(case: Case, samples: int, device: str) -> Callable[[], Tensor]:
-    """A forward pass in eval and inference mode; returns the logits."""
-    model, inputs = case.build(device), case.inputs(samples, device)
-
-    @torch.inference_mode()
-    def forward() -> Tensor:
-        output = model.eval()(*inputs)
-        return output if isinstance(model, MulT) else output.logits["text"]
-
-    return forward
+def logits_of(output) -> list[Tensor]:
+    """All logits of a MAGT or MulT."""
+    return [output] if isinstance(output, Tensor) else list(output.logits.values())
 
 
-def training(case: Case, samples: int, device: str) -> Callable[[], Tensor]:
-    """Forward and backward pass with dropout; returns the loss.
-
-    Without the optimizer: its cost does not depend on the number of utterances, which differs between the cases.
-    """
-    model, inputs = case.build(device), case.inputs(samples, device)
+def training_step(model: nn.Module, loss_of: Callable[[], Tensor], update: bool) -> Callable[[], Tensor]:
+    """Forward and backward pass, with `update` also clipping and AdamW; returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if update else None
 
     def step() -> Tensor:
-        output = model.train()(*inputs)
-        loss = sum(x.square().mean() for x in ([output] if isinstance(model, MulT) else output.logits.values()))
+        loss = loss_of()
         loss.backward()
+        if optimizer is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         model.zero_grad()  # frees the gradients
-        return loss.detach()
+        return loss.detach().cpu()
 
     return step
 
 
-# A whole step of stage 2
+def timed_call(mode: str, case: Case, samples: int, device: str) -> Callable:
+    """A forward pass in eval and inference mode, or for training a forward and backward pass with dropout.
+
+    Without the optimizer, whose cost does not depend on the number of utterances. All timed calls return tensors on the
+    CPU, so that they end when a GPU's work does.
+    """
+    model, inputs = case.build(device), case.inputs(samples, device)
+    if mode == "inference":
+        return torch.inference_mode()(lambda: [x.cpu() for x in logits_of(model.eval()(*inputs))])
+    return training_step(model, lambda: sum(x.square().mean() for x in logits_of(model.train()(*inputs))), update=False)
 
 
-@dataclass(frozen=True)
-class Stage2:
-    """Batch and weights of Table 1. The 16 conversations have the 16 quantiles of the training set's lengths."""
-
-    lengths: list[int]
-    classes: int
-    alpha: float
-    beta: float
-
-
-STAGE2 = {
-    "IEMOCAP": Stage2([26, 27, 31, 35, 38, 42, 44, 46, 49, 52, 53, 56, 60, 62, 69, 79], 6, alpha=0.7, beta=0.8),
-    "MELD": Stage2([1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 18, 21], 7, alpha=0.01, beta=0.09),
-}
+# IEMOCAP's batch in Table 1, 16 conversations: the 16 quantiles of the training set's lengths.
+STAGE2_LENGTHS = [26, 27, 31, 35, 38, 42, 44, 46, 49, 52, 53, 56, 60, 62, 69, 79]
 STAGE2_MODES = ("float32", "bfloat16", "torch.compile", "CUDA graph")  # the last two have not been measured
 
 
-def stage2_step(stage: Stage2, lengths: list[int], dtype: str, device: str) -> tuple[Callable[[], Tensor], Flops]:
-    """One step as stage 2 trains (MAGT, Eq. 25, clipping, AdamW), which returns the loss; FLOPs of its forward pass."""
-    torch.manual_seed(SEED)
-    config = FusionConfig(dict.fromkeys(MODALITIES, WIDTH), stage.classes, SPEAKERS, WIDTH, HEADS)
-    model, inputs = MAGT(config).to(device), conversations(lengths, WIDTH, device)
-    labels = torch.randint(0, stage.classes, (sum(lengths),), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def stage2_step(lengths: list[int], dtype: str, device: str) -> tuple[Callable[[], Tensor], Flops]:
+    """One step as stage 2 trains (MAGT, Eq. 25, clipping, AdamW), and the FLOPs of its forward pass."""
+    config = FusionConfig(dict.fromkeys(MODALITIES, WIDTH), CLASSES, SPEAKERS)
+    model, inputs = MAGT(config).to(device), conversations(lengths, device)
+    labels = torch.randint(0, CLASSES, (sum(lengths),), device=device)
 
-    def step() -> Tensor:
-        with torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+    def loss_of() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             output = model(*inputs)
-            loss = stage2_loss(output.logits, output.hidden, labels, stage.alpha, stage.beta)["loss"]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return stage2_loss(output.logits, output.hidden, labels, alpha=0.7, beta=0.8)["loss"]
 
-    return step, magt_flops(config, lengths)
+    return training_step(model, loss_of, update=True), magt_flops(config, lengths)
 
 
-# The encoders of stage 1, at their published sizes
-
+# The encoders of stage 1 at their published sizes: transformers' class, options, shape of one utterance's input.
+# Data2Vec without what is random in it: layer drop and SpecAugment.
 ROBERTA_LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 ROBERTA_LARGE |= dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
-ENCODERS = {  # name -> shape of one utterance's input
-    "RoBERTa-large, 256 tokens": (256,),
-    "Data2Vec-audio-base, 5 s at 16 kHz": (80_000,),
-    "TimeSformer-base, 8 frames of 224 x 224": (8, 3, 224, 224),
+ENCODERS = {
+    "RoBERTa-large, 256 tokens": ("Roberta", ROBERTA_LARGE, (256,)),
+    "Data2Vec-audio-base, 5 s at 16 kHz": ("Data2VecAudio", {"layerdrop": 0.0, "apply_spec_augment": False}, (80_000,)),
+    "TimeSformer-base, 8 frames of 224 x 224": ("Timesformer", {}, (8, 3, 224, 224)),
 }
-ENCODER_BATCH = 4  # Table 1
 
 
 def encoder(name: str, device: str) -> tuple[nn.Module, Tensor]:
-    """The model with random weights, in training mode, and a batch of utterances."""
+    """The model with random weights, in training mode, and the batch of Table 1, 4 utterances."""
     import transformers  # slow to import
 
+    architecture, options, shape = ENCODERS[name]
+    config = getattr(transformers, f"{architecture}Config")(**options)
     with torch.device(device):
-        if name.startswith("RoBERTa"):
-            model = transformers.RobertaModel(transformers.RobertaConfig(**ROBERTA_LARGE), add_pooling_layer=False)
-            inputs = torch.full((ENCODER_BATCH, *ENCODERS[name]), 5)  # any token will do
-        elif name.startswith("Data2Vec"):  # without what is random in it: layer drop and SpecAugment
-            config = transformers.Data2VecAudioConfig(layerdrop=0.0, apply_spec_augment=False)
-            model, inputs = transformers.Data2VecAudioModel(config), torch.randn(ENCODER_BATCH, *ENCODERS[name])
-        else:
-            model = transformers.TimesformerModel(transformers.TimesformerConfig())
-            inputs = torch.randn(ENCODER_BATCH, *ENCODERS[name])
+        model = getattr(transformers, f"{architecture}Model")(config)
+        inputs = torch.full((4, *shape), 5) if architecture == "Roberta" else torch.randn(4, *shape)  # 5: any token
     return model.train(), inputs
 
 
-ROWS = 3 * len(CASES) + len(STAGE2) * len(DTYPES) + len(ENCODERS) * (2 if DEVICE == "cuda" else 1)  # of a complete run
+STEPS = [*(f"stage 2, {mode}" for mode in STAGE2_MODES), *ENCODERS]
+ROWS = 3 * len(CASES) + len(DTYPES) + len(ENCODERS)  # of a complete run

@@ -5,21 +5,16 @@ target's frames are the query, the source's are key and value. A self-attention 
 results, concatenated; the last frames of the three memories are the utterance's feature. No utterance sees another one.
 
 Attention is F.scaled_dot_product_attention, as in MAGT, so that kernels do not decide the comparison. All utterances of
-a call have the same lengths; there is no padding and no mask. The structure maps one to one to the authors' code (l, a,
-v: text, audio, video):
+a call have the same lengths; there is no padding. The structure maps one to one to the authors' code (l, a, v):
 
     project[m]                        proj_{m}, a 1x1 Conv1d      in_proj       self_attn.in_proj_{weight,bias}
     cross["t<-s"]                     trans_{t}_with_{s}          out_proj      self_attn.out_proj
     memory[t]                         trans_{t}_mem               norm1, norm2  layer_norms.0, layer_norms.1
     residual1, residual2, classifier  proj1, proj2, out_layer     fc1, fc2      fc1, fc2
 
-Causal mask: with the authors' weights and their `attn_mask` False, the logits equal theirs (largest
-difference 5e-7). Their default is True, a causal mask on every attention; then the difference is 0.01. The benchmark
-runs without it. A kernel that masks after multiplying does the same FLOPs and more work around them; one that skips
-masked keys would save up to half of the attention term, which is below the linear terms for most lengths.
-
-Also left out: their initialisation, their dropout on attention weights (it would force the unfused kernel) and on the
-raw text.
+With the authors' weights and their `attn_mask` False, the logits equal theirs (largest difference 5e-7). Their default
+is True, a causal mask on every attention; then the difference is 0.01. The benchmark runs without the mask, and without
+their dropout on attention weights, which would force an unfused kernel.
 
 Shapes: S utterances, L_m frames in modality m, d_m their width, d width of the model, C classes.
 """
@@ -39,8 +34,7 @@ class MulTConfig:
     num_classes: int  # C
     width: int = 40  # d
     heads: int = 8
-    layers: int = 4  # of each cross-modal encoder
-    memory_layers: int = 4  # of each memory; the authors' rule is max(layers, 3)
+    layers: int = 4  # of each encoder and memory; the authors' memories have max(layers, 3)
     dropout: float = 0.1
 
 
@@ -80,15 +74,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor | None) -> Tensor:
         """As Layer.forward."""
-        x = self._embed(x)
-        source = None if source is None else self._embed(source)
+        x, source = (y if y is None else self.drop(y * y.shape[2] ** 0.5 + positions(y)) for y in (x, source))
         for layer in self.layers:
             x = layer(x, source)
         return self.norm(x)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        length, width = x.shape[1:]
-        return self.drop(x * width**0.5 + positions(length, width, x.device))
 
 
 class MulT(nn.Module):
@@ -101,16 +90,10 @@ class MulT(nn.Module):
         self.project = nn.ModuleDict(
             {m: nn.Identity() if width == d else nn.Linear(width, d, bias=False) for m, width in config.widths.items()}
         )
-        self.cross = nn.ModuleDict(
-            {
-                f"{target}<-{source}": Encoder(d, config.heads, config.layers, p)
-                for target in modalities
-                for source in modalities
-                if source != target
-            }
-        )
+        pairs = [(target, source) for target in modalities for source in modalities if source != target]
+        self.cross = nn.ModuleDict({f"{t}<-{s}": Encoder(d, config.heads, config.layers, p) for t, s in pairs})
         side = (len(modalities) - 1) * d  # the results of a target's sources, concatenated
-        self.memory = nn.ModuleDict({m: Encoder(side, config.heads, config.memory_layers, p) for m in modalities})
+        self.memory = nn.ModuleDict({m: Encoder(side, config.heads, config.layers, p) for m in modalities})
         out = len(modalities) * side
         self.residual1, self.residual2 = nn.Linear(out, out), nn.Linear(out, out)
         self.classifier = nn.Linear(out, config.num_classes)
@@ -127,9 +110,9 @@ class MulT(nn.Module):
         return self.classifier(x + self.residual2(self.drop(F.relu(self.residual1(x)))))
 
 
-def positions(length: int, width: int, device: torch.device) -> Tensor:
-    """[length, width]: sines in the first half, cosines in the second; positions count from 1. An even width."""
-    half = width // 2
-    frequency = 10000 ** (-torch.arange(half, device=device) / (half - 1))
-    angle = torch.arange(1, length + 1, device=device)[:, None] * frequency  # [length, half]
+def positions(x: Tensor) -> Tensor:
+    """[length, width] of x [S, length, width]: sines, then cosines; positions count from 1. An even width."""
+    length, half = x.shape[1], x.shape[2] // 2
+    frequency = 10000 ** (-torch.arange(half, device=x.device) / (half - 1))
+    angle = torch.arange(1, length + 1, device=x.device)[:, None] * frequency  # [length, half]
     return torch.cat((angle.sin(), angle.cos()), dim=-1)

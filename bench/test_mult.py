@@ -1,4 +1,4 @@
-"""MulT against a second, plain implementation, and properties that hold whatever the weights are."""
+"""MulT against a second, plain implementation."""
 
 import math
 
@@ -8,18 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.mult import Encoder, Layer, MulT, MulTConfig
-
-WIDTHS = {"text": 30, "audio": 7, "video": 16}  # video's is the width of the model: no projection
-LENGTHS = {"text": 5, "audio": 9, "video": 6}
-
-
-def make(layers: int = 2, memory_layers: int = 1) -> MulT:
-    torch.manual_seed(0)
-    return MulT(MulTConfig(WIDTHS, 4, width=16, heads=4, layers=layers, memory_layers=memory_layers)).eval()
-
-
-def random_frames() -> dict[str, Tensor]:
-    return {m: torch.randn(3, LENGTHS[m], width) for m, width in WIDTHS.items()}
 
 
 def plain_embedding(x: Tensor) -> Tensor:
@@ -63,16 +51,9 @@ def plain_mult(model: MulT, frames: dict[str, Tensor]) -> Tensor:
     return model.classifier(h + model.residual2(F.relu(model.residual1(h))))
 
 
-@pytest.mark.parametrize("layers, memory_layers", [(2, 1), (4, 4), (1, 3)])
-def test_equals_the_plain_implementation(layers, memory_layers):
-    model, frames = make(layers, memory_layers), random_frames()
+@pytest.mark.parametrize("layers", [1, 4])
+def test_equals_the_plain_implementation(layers):
+    widths = {"text": 30, "audio": 7, "video": 16}  # video's is the width of the model: no projection
+    model = MulT(MulTConfig(widths, 4, width=16, heads=4, layers=layers)).eval()
+    frames = {m: torch.randn(3, length, widths[m]) for m, length in {"text": 5, "audio": 9, "video": 6}.items()}
     torch.testing.assert_close(model(frames), plain_mult(model, frames), rtol=1e-5, atol=1e-5)
-
-
-def test_dropout_and_gradients():
-    model, frames = make(), random_frames()
-    assert torch.equal(model(frames), model(frames))
-    model.train()
-    assert not torch.equal(model(frames), model(frames))
-    model(frames).square().sum().backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -1,9 +1,8 @@
 """`--check`: is this the corpus of the paper, and what will a run need? Reads labels and file names; decodes nothing.
 
-Hours are arithmetic: the weights of the encoders times the positions (tokens, audio frames, patches) of the corpus.
+Hours are arithmetic: weights of Table 1's encoders times positions (tokens, audio frames, patches) of the corpus.
 """
 
-import json
 import math
 import os
 import shutil
@@ -17,20 +16,15 @@ from data import SPLITS, Conversation, Corpus, InputError
 from encoders import MAX_SECONDS, MediaStore
 from fusion import TEXT
 
-# Conversations of train, dev and test; utterances in all; how many of them may have no file. A strict reading of
-# IEMOCAP leaves out 53 turns that other people's lists call happy.
-EXPECTED = {
-    "IEMOCAP": ([108, 12, 31], range(7433 - 53, 7433 + 1), 0),
-    "MELD": ([1038, 114, 280], range(13_708, 13_708 + 1), 1),
-}
-WEIGHTS = {"text": 303e6, "audio": 90e6, "video": 121e6}  # of the layers of the published checkpoints (Table 1)
+# Conversations of train, dev and test; least and most utterances; how many of them may have no file. A strict reading
+# of IEMOCAP leaves out 53 turns that other people's lists call happy.
+EXPECTED = {"IEMOCAP": ([108, 12, 31], 7380, 7433, 0), "MELD": ([1038, 114, 280], 13_708, 13_708, 1)}
+WEIGHTS = {"text": 303e6, "audio": 90e6, "video": 121e6}  # of the layers of Table 1's checkpoints
 AUDIO_RATE, PATCHES = 50, 8 * 14 * 14  # positions: per second of audio; of 8 frames of 224 pixels
 SECONDS = 4.0  # of an utterance without times
-TOKENS_PER_WORD, TOKENS_PER_TURN = 1.3, 3  # "<s1>:" before each utterance of the context
-PROMPT_TOKENS = 12  # of "For <s1>:", "Now <s1> feels <mask>" and the tokens of start and end
+TOKENS_PER_WORD, TOKENS_PER_TURN, TOKENS_PER_PROMPT = 1.3, 3, 12  # besides words: "<s1>:"; "For <s1>:", "Now .. <mask>"
 TRAINING, ENCODING = 6, 2  # FLOPs per weight and position: forward and backward, forward
-SHARE = 0.4  # of a matrix product's rate: what training is assumed to reach
-H100 = 150e12  # FLOP/s in bfloat16 that training is assumed to reach there
+SHARE, H100 = 0.4, 150e12  # what training is assumed to reach: of a matrix product's rate here; FLOP/s in bfloat16
 
 
 def check(corpus: Corpus, root: Path, config, out: Path, device: str | None = None) -> None:
@@ -39,9 +33,9 @@ def check(corpus: Corpus, root: Path, config, out: Path, device: str | None = No
     everyone, wrong, may_lack = corpus.utterances(), [], len(corpus.utterances())
     print("\n  ".join([f"{corpus.name} at {root}", *corpus.notes]))
     if not is_csv:
-        conversations, utterances, may_lack = EXPECTED[corpus.name]
-        print(f"  expected: {'/'.join(map(str, conversations))} conversations, {utterances[-1]} utterances")
-        if [len(corpus.splits[s]) for s in SPLITS] != conversations or len(everyone) not in utterances:
+        conversations, least, most, may_lack = EXPECTED[corpus.name]
+        print(f"  expected: {'/'.join(map(str, conversations))} conversations, {most} utterances")
+        if [len(corpus.splits[s]) for s in SPLITS] != conversations or not least <= len(everyone) <= most:
             wrong.append("other conversations or utterances than the paper's")
     for m in (m for m in config.modalities if m != TEXT):
         missing = sum(getattr(u, m) is None for u in everyone)
@@ -52,13 +46,12 @@ def check(corpus: Corpus, root: Path, config, out: Path, device: str | None = No
     print_needs(corpus, config, out / "media", device)
     if wrong:
         what = "not complete" if is_csv else "not the corpus of the paper"
-        remedy = "Add what is missing, or train on what is there with --modalities (for example --modalities text)"
+        remedy = "Add what is missing, or train on what is there: --modalities text"
         raise InputError(f"{corpus.name} at {root} is {what}: {'; '.join(wrong)}. {remedy}")
     print("This csv can be trained on." if is_csv else "This is the corpus of the paper.")
 
 
 def print_needs(corpus: Corpus, config, media: Path, device: str | None) -> None:
-    """Disk, hours and GPU memory."""
     store, total = MediaStore(media, ()), 0.0
     need = sum(store.bytes_for(u, m) for u in corpus.utterances() for m in config.modalities if m != TEXT)
     free = shutil.disk_usage(next(p for p in Path(os.path.realpath(media)).parents if p.exists())).free
@@ -68,15 +61,15 @@ def print_needs(corpus: Corpus, config, media: Path, device: str | None) -> None
         trainings, epochs = 2 if m == "audio" else 1, config.stage1_epochs[m]  # A, and A_KD from it
         # Every epoch trains on train and encodes dev; at the end all splits are encoded.
         each = epochs * (TRAINING * train + ENCODING * dev) + ENCODING * (train + dev + test)
-        flops = trainings * each * layer_weights(getattr(config, f"{m}_model"), m)
+        flops = trainings * each * WEIGHTS[m]
         steps = trainings * epochs * math.ceil(len(corpus.utterances("train")) / config.stage1_batch)
         print(f"  {m}: {train + dev + test:,.0f} positions, {steps:,} steps, {flops / 1e15:,.1f} PFLOP")
         total += flops
     here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"  stage 1, by arithmetic: {total / 1e15:,.1f} PFLOP (attention products and decoding not counted)")
+    print(f"  stage 1 with Table 1's encoders: {total / 1e15:,.1f} PFLOP (attention products and decoding not counted)")
     for name, rate in ((f"this {here.type}", SHARE * matmul_rate(here)), ("an H100 (assumed)", H100)):
         print(f"    {total / rate / 3600:,.1f} hours at {rate / 1e12:.3g} TFLOP/s, {name}")
-    print("  GPU memory for Table 1's models, batches of 4, half precision: text 9 GB, audio 5, video 5 (arithmetic)")
+    print("  GPU memory for them, batches of 4, half precision: text 9 GB, audio 5, video 5 (arithmetic)")
 
 
 def positions(conversation: Conversation, modality: str, config) -> list[float]:
@@ -90,20 +83,8 @@ def positions(conversation: Conversation, modality: str, config) -> list[float]:
     for u in conversation.utterances:
         tokens = TOKENS_PER_WORD * len(u.text.split())
         context += tokens + TOKENS_PER_TURN
-        prompts.append(min(context + tokens + PROMPT_TOKENS, config.max_tokens))
+        prompts.append(min(context + tokens + TOKENS_PER_PROMPT, config.max_tokens))
     return prompts
-
-
-def layer_weights(checkpoint: str, modality: str) -> float:
-    """Weights of a transformer's layers, without embeddings. A hub name counts as the published model's."""
-    path = Path(checkpoint) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "intermediate_size" not in config:
-        return WEIGHTS[modality]
-    # Query, key, value and output; TimeSformer has them a second time, over time, and one matrix more.
-    attention = 9 if config.get("model_type") == "timesformer" else 4
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    return float(config["num_hidden_layers"] * (attention * hidden**2 + 2 * hidden * inner))
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -1,9 +1,8 @@
 """The demo: a synthetic corpus in IEMOCAP's layout, and small encoders with random weights.
 
 A speaker tends to keep the emotion of their previous turn and to take over that of the turn before, so context helps.
-The text shows the emotion most often, the voice (a tone in syllables) less often, the drawn face least. Given the
-emotion, the three err independently, so fusion helps. The first constants say how reliable each is: change them and run
-the demo again. No speech, no overlapping turns, no audio in the videos; no number measured here is about people.
+The text shows the emotion most often, the voice (a tone in syllables) less often, the drawn face least. They err
+independently, so fusion helps. Change the first constants and run the demo again. No number is about people.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ import shutil
 import wave
 from collections import namedtuple
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import av
@@ -32,9 +30,8 @@ SAMPLE_RATE, FPS = 16_000, 10
 HEIGHT, WIDTH, GREY = 96, 144, 90  # IEMOCAP's 3:2; both faces lie in the central square, so a centre crop keeps them
 # How often each label is drawn. They stand in pairs of neighbours, whose texts are confused with each other.
 IEMOCAP = {"ang": 0.15, "fru": 0.20, "exc": 0.17, "hap": 0.13, "neu": 0.20, "sad": 0.15}
-# Voice: pitch (semitones above the speaker's own), its rise from start to end (semitones), timbre (how slowly the
-# harmonics decay, 0 to 1), syllables per second, breath (0 to 1), how clipped the syllables are, tremor (0 to 1).
-# Face, -1 to 1: inner ends of the brows down, brows raised, corners of the mouth up, eyes open, red. Then the words.
+# Voice: pitch and its rise (semitones), timbre (how slowly the harmonics decay), syllables per second, breath, how
+# clipped the syllables are, tremor. Face, -1 to 1: inner brows down, brows up, mouth up, eyes open, red. Then words.
 ACTING = dict(  # dis, fea and sur are MELD's, for the tests
     ang=((3, -4, 0.82, 6, 0.35, 2, 0), (1, -0.5, -0.5, 0.2, 1), "furious angry mad outraged raging"),
     dis=((-3, -5, 0.75, 3.4, 0.4, 0.7, 0), (0.6, -0.5, -0.7, -0.9, -0.3), "disgusting gross revolting sickening vile"),
@@ -93,7 +90,7 @@ def make_conversation(rng, actors: list[Actor], labels: dict[str, float], uttera
 
 
 def sentence(rng, pools: list[str]) -> str:
-    """A sentence with words of one of three pools: of the emotion, of its neighbour, non-committal."""
+    """pools: words of the emotion, of its neighbour, non-committal ones."""
     pool = rng.choice(pools, p=[TEXT_SHOWS, TEXT_MISLEADS, 1 - TEXT_SHOWS - TEXT_MISLEADS]).split()
     first, second = rng.choice(pool, 2, replace=False)
     return str(rng.choice(SENTENCES)).format(o=rng.choice(OPENERS), e=first, e2=second, t=rng.choice(TOPICS))
@@ -139,11 +136,10 @@ def draw_faces(rng, faces: np.ndarray, actor: Actor, size: int) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray, audio: np.ndarray | None = None, rate: int = 0) -> None:
-    """frames: (L, H, W, 3), written as MPEG-4; with audio, (channels, samples) int16, as H.264 and AAC."""
+    """frames: (L, H, W, 3), written as MPEG-4. audio: (channels, samples) int16, as AAC."""
     with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg4" if audio is None else "libx264", rate=FPS)
+        video = container.add_stream("mpeg4", rate=FPS, options={"qmin": "7", "qmax": "7"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
-        video.options = {"qmin": "7", "qmax": "7"} if audio is None else {"preset": "superfast", "crf": "26"}
         video.codec_context.thread_count = 1  # the same pixels for any number of cores
         if audio is not None:
             layout = next(name for name, gains in CHANNELS.items() if len(gains) == len(audio))
@@ -174,9 +170,9 @@ def write_iemocap(root: Path, seed: int = 0, conversations: int = 12, utterances
 
 def write_dialogue(rng, session: Path, name: str, turns: list[Turn], actors: list[Actor]) -> None:
     """Writes one conversation to a session's folder: labels, transcript, a WAV per utterance, one AVI for all."""
-    inside = (f"sentences/wav/{name}", "dialog/EmoEvaluation", "dialog/transcriptions", "dialog/avi/DivX")
-    wavs, labels, transcripts, videos = folders = [session / folder for folder in inside]
-    for folder in folders:
+    wavs, dialog = session / "sentences/wav" / name, session / "dialog"
+    labels, transcripts, videos = dialog / "EmoEvaluation", dialog / "transcriptions", dialog / "avi/DivX"
+    for folder in (wavs, labels, transcripts, videos):
         folder.mkdir(parents=True, exist_ok=True)
     evaluation, transcript, count = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n", "", {"F": 0, "M": 0}
     frames = np.full((int((turns[-1].end + 0.6) * FPS), HEIGHT, WIDTH, 3), GREY, np.float32)
@@ -203,14 +199,14 @@ def write_dialogue(rng, session: Path, name: str, turns: list[Turn], actors: lis
 
 def read_demo(out: Path) -> Corpus:
     """The synthetic corpus of a run's folder `out`: 100 conversations, written to out/corpus if need be."""
-    write_once(out / "corpus", partial(write_iemocap, conversations=20))
+    write_once(out / "corpus", lambda root: write_iemocap(root, conversations=20))
     return dataclasses.replace(read_iemocap(out / "corpus"), name="demo (synthetic)")
 
 
 def tiny_models(corpus: Corpus, out: Path) -> dict[str, str]:
     """Small random encoders, written to out/tiny if need be: {"text_model": path, "audio_model": .., ..}."""
     texts = [u.text for u in corpus.utterances("train")]
-    write_once(out / "tiny", partial(save_tiny, texts=texts), *texts)
+    write_once(out / "tiny", lambda folder: save_tiny(folder, texts), *texts)
     return {f"{m}_model": str(out / "tiny" / m) for m in MODALITIES}
 
 
@@ -239,22 +235,22 @@ def write_once(folder: Path, write: Callable[[Path], object], *inputs: str) -> N
 
 
 def _digest(folder: Path, inputs: tuple[str, ...]) -> bytes:
-    """Of what the folder is made from (this module, `inputs`) and of its files, but hidden ones and digest.txt."""
+    """Of this module, `inputs` and the folder's files, but hidden ones and digest.txt."""
     paths = [path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.name != "digest.txt"]
     content = [(path.relative_to(folder).as_posix(), digest(path.read_bytes())) for path in paths]
     return digest(Path(__file__).read_text("utf-8"), inputs, content).encode()
 
 
 def save_tiny(folder: Path, texts: list[str], seed: int = 0) -> dict[str, str]:
-    """Writes small random RoBERTa, Data2vec and TimeSformer checkpoints with their processors into `folder`.
+    """Writes small random checkpoints with their processors; their classes and files are those of full size.
 
-    texts: what the tokenizer is trained on. Returns modality -> path. Classes, files and loading are as at full size.
+    texts: what the tokenizer is trained on. Returns modality -> path.
     """
     torch.manual_seed(seed)
     paths = {m: str(Path(folder) / m) for m in MODALITIES}
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")  # by their ids in RoBERTa
-    special = dict(zip(names, ("<s>", "<pad>", "</s>", "<unk>", "<mask>")))
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}  # by their ids in RoBERTa
+    special |= {"unk_token": "<unk>", "mask_token": "<mask>"}
     lines = [*(f" {t}" for t in texts), *[" For", " Now", " feels"] * 10]  # the latter: of the prompt
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(lines, 2000, min_frequency=0, show_progress=False, special_tokens=list(special.values()))
@@ -262,8 +258,7 @@ def save_tiny(folder: Path, texts: list[str], seed: int = 0) -> dict[str, str]:
     transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(paths["text"])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), **special)
     tokenizer.save_pretrained(paths["text"])
-    # Four wide convolutions instead of seven small ones, 320 samples a frame as there; two of positions, not five.
-    # One layer: clips go through one by one, so that on a CPU the time grows with the layers, whatever their width.
+    # Four wide convolutions and one layer: clips go through one by one, so the time grows with the number of layers.
     audio = {"conv_dim": (32,) * 4, "conv_kernel": (20, 4, 2, 2), "conv_stride": (20, 4, 2, 2), "layerdrop": 0.0}
     audio |= {"feat_extract_activation": "relu", "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 4}
     config = transformers.Data2VecAudioConfig(**size | audio | {"num_hidden_layers": 1})

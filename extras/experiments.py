@@ -12,61 +12,43 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import magtkd
-from data import Conversations, FeatureFile, InputError, read_features, replace_file, scores, standardise
+from data import Conversations, FeatureFile, InputError, read_features, replace_file, standardise
 from extras import report
 from extras.variants import Released, released
 from fusion import MAGT
 from magtkd import CONFIGS, Config, Run, feature_sets, number, open_run, read_config, run_command, train_fusion
 
 GRID = (0.0, 0.3, 0.7, 1.0)  # with a modality switched off, and the paper's order of size for IEMOCAP
-MOST = 12  # values of a sweep: it trains each with each
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What both experiments work on."""
-
     config: Config
-    corpus: str  # whose differences --preset released has
+    corpus: str  # its Table 1 and its differences; "demo": synthetic
     file: FeatureFile
     run: Run
     seeds: range
     device: torch.device
-    synthetic: bool
 
     def train(self, name: str, cells: dict[str, tuple[Config, Released]]) -> dict[str, list[dict]]:
-        """Trains MAGT with each configuration and each seed. Returns the results of train_fusion, by cell.
-
-        name: a folder in the run's. cells: file name -> options and differences.
-        """
+        """Trains MAGT with each cell's options and each seed; each training leaves a file in the folder `name`."""
         folder = self.run.out / name
         folder.mkdir(exist_ok=True)
-        (kinds,) = feature_sets(
-            [k for k in self.file.features if k.removesuffix("_kd") in self.config.modalities], False
-        )
-        data = Conversations(self.file, kinds, self.device)
+        kinds = [k for k in self.file.features if k.removesuffix("_kd") in self.config.modalities]
+        data = Conversations(self.file, *feature_sets(kinds, False), self.device)
         results: dict[str, list[dict]] = {cell: [] for cell in cells}
         todo = [(cell, *how, seed) for cell, how in cells.items() for seed in self.seeds]
         for cell, config, how, seed in tqdm(todo, desc=name, unit=" trainings", disable=None):
             build = MAGT if how == Released() else how.model  # the same weights; the file says MAGT
             variant = {"loss": how.loss, "adjust": how.recipe, "keep_weights": False}
-            results[cell].append(
-                train_fusion("MAGT", build, data, config, folder / f"{cell}-seed{seed}", seed, self.run, **variant)
-            )
+            path = folder / f"{cell}-seed{seed}"
+            results[cell].append(train_fusion("MAGT", build, data, config, path, seed, self.run, **variant))
         return results
-
-
-def summary(runs: list[dict]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over seeds of the scores on test, and of weighted F1 on dev."""
-    test = [scores(r["labels"], r["predictions"]) for r in runs]
-    found = {s: report.mean_std([x[s] for x in test]) for s in ("weighted_f1", "macro_f1")}
-    return found | {"dev": report.mean_std([r["dev_f1"] for r in runs])}
 
 
 def sweep(study: Study, values: list[float]) -> str:
@@ -75,43 +57,31 @@ def sweep(study: Study, values: list[float]) -> str:
     names = {(a, b): f"alpha{a!r}-beta{b!r}".replace(".", "_") for a in values for b in values}
     cells = {n: (dataclasses.replace(study.config, alpha=a, beta=b), Released()) for (a, b), n in names.items()}
     results = study.train("sweep", cells)
-    cell = {weights: summary(results[name]) for weights, name in names.items()}
-    best = max(cell, key=lambda weights: cell[weights]["dev"][0])
-    head = [f"{x:g}" for x in values]
-    tables = [
-        report.table(
-            [f"{title}, alpha \\ beta", *head],
-            [[f"**{a:g}**", *(report.spread(cell[a, b][key], many) for b in values)] for a in values],
-        )
-        for key, title in (("weighted_f1", "W-F1"), ("macro_f1", "M-F1"))
-    ]
-    means = np.array([[cell[a, b]["weighted_f1"][0] for b in values] for a in values])
-    (out / "figures").mkdir(exist_ok=True)
-    with plt.rc_context(report.STYLE):
-        fig, ax = plt.subplots(figsize=(1.8 + 0.75 * len(values),) * 2)
-        report.grid(ax, means, "{:.1f}", means.min() - 1, means.max() + 1, head, head)
-        corner = (values.index(best[1]) - 0.5, values.index(best[0]) - 0.5)
-        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, linewidth=3, edgecolor="black"))
-        ax.set(xlabel="beta (video)", ylabel="alpha (audio)", title="W-F1 on test; framed: best on dev")
-        report.save(fig, out / "figures" / "sweep.png")
-    noise = np.mean([found["weighted_f1"][1] for found in cell.values()])
-    synthetic = report.SYNTHETIC if study.synthetic else ""
+    cell = {weights: report.summary(results[name]) for weights, name in names.items()}
+    best = max(cell, key=lambda weights: cell[weights]["dev_f1"]["mean"])
+    f1, head = {weights: x["weighted_f1"] for weights, x in cell.items()}, [f"{x:g}" for x in values]
+    lines = [[f"**{a:g}**", *(report.spread(f1[a, b], many) for b in values)] for a in values]
+    table = report.table(["alpha \\ beta", *head], lines)
+    means = np.array([[f1[a, b]["mean"] for b in values] for a in values])
+    side = 1.8 + 0.75 * len(values)
+    with report.figure(out / "figures" / "sweep.png", 1, side, side) as (_, (ax,)):
+        report.grid(ax, means, "{:.1f}", means.min() - 1, means.max() + 1, head)
+        ax.plot(values.index(best[1]), values.index(best[0]) + 0.3, "k^", markeredgecolor="white")
+        ax.set(xlabel="beta (video)", ylabel="alpha (audio)", title="W-F1 on test; triangle: best on dev")
     text = f"""# MAGT over a grid of alpha and beta
 
-{synthetic}Weighted and macro F1 on test, the epoch chosen on dev; {len(study.seeds)} seeds.
+{report.SYNTHETIC * (study.corpus == "demo")}W-F1 on test, the epoch chosen on dev; seeds: {len(study.seeds)}.
 
-{tables[0]}
-
-{tables[1]}
+{table}
 
 From the lowest to the highest cell: {means.max() - means.min():.2f}.
-Standard deviation over the seeds of a cell: {noise:.2f}.
-Dev would choose alpha {best[0]:g}, beta {best[1]:g} (framed): test {cell[best]["weighted_f1"][0]:.2f}.
+Standard deviation over the seeds of a cell: {np.mean([x["std"] for x in f1.values()]):.2f}.
+Dev would choose alpha {best[0]:g}, beta {best[1]:g} (triangle): test {f1[best]["mean"]:.2f}.
 
 ![W-F1 over alpha and beta](figures/sweep.png)
 """
     replace_file(out / "sweep.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return f"{tables[0]}\n\nMore: {out / 'sweep.md'}"
+    return f"{table}\n\nMore: {out / 'sweep.md'}"
 
 
 def differences(corpus: str) -> dict[str, tuple[str, Released]]:
@@ -143,24 +113,15 @@ def presets(study: Study) -> str:
     compared = report.compare(study.file, [(name, runs, results["paper"]) for name, runs in results.items()])
     lines = []
     for (name, (what, _)), c in zip(rows.items(), compared):
-        found = summary(results[name])
-        selected = report.mean_std([r["test_selected"]["weighted_f1"] for r in results[name]])
-        moved = [f"{c['difference']:+.2f} ± {c['std']:.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
-        shown = [report.spread(found[k]) for k in ("weighted_f1", "macro_f1")]
-        lines.append([what, *shown, *(moved if name != "paper" else ["", ""]), report.spread(selected)])
-    head = [
-        "row of docs/differences.md",
-        "W-F1",
-        "M-F1",
-        "against the paper",
-        "95 % interval",
-        "W-F1, test-selected (16)",
-    ]
+        found = report.summary(results[name])
+        shown = [report.spread(x) for x in (found["weighted_f1"], found["macro_f1"])]
+        change = report.moved(c) if name != "paper" else ["", ""]
+        lines.append([what, *shown, *change, report.spread(found["test_selected"]["weighted_f1"])])
+    head = ["row of docs/differences.md", "W-F1", "M-F1", "against the paper", "95 % interval", "test-selected (16)"]
     table = report.table(head, lines)
-    synthetic = report.SYNTHETIC if study.synthetic else ""
     text = f"""# The paper's stage 2 against the authors' code
 
-{synthetic}MAGT, {len(study.seeds)} seeds. Each row changes one thing, the last row changes all.
+{report.SYNTHETIC * (study.corpus == "demo")}MAGT; seeds: {len(study.seeds)}. Each row changes one thing, the last all.
 Differences are of weighted F1, seeds paired, with a bootstrap interval over conversations. Row 16, the epoch chosen on
 test, is a column.
 
@@ -171,21 +132,18 @@ test, is a column.
 
 
 def open_study(args: argparse.Namespace) -> Study:
-    seeds, device = range(args.seed, args.seed + args.seeds), torch.device(args.device)
+    seeds, device = range(args.seeds), torch.device(args.device)
     if args.features:
         file, config = standardise(read_features(args.features))[0], CONFIGS[args.corpus]
         out = args.out or Path("runs") / f"{args.features.stem}-{args.command}"
         run = open_run(out, {"corpus": args.corpus, "features": True, "experiment": args.command}, args.fresh)
-        return Study(config, args.corpus, file, run, seeds, device, synthetic=False)
+        return Study(config, args.corpus, file, run, seeds, device)
     config, options = read_config(args.run)
     if options["features"] or not (args.run / "features.safetensors").is_file():
-        raise InputError(
-            f"{args.run} has no features.safetensors; finish the run, or give its feature file: --features"
-        )
+        raise InputError(f"{args.run} has no features.safetensors; finish the run, or give its file: --features")
     made_with = magtkd.read_json(args.run / magtkd.MARKER).get("options") or {}
     run = open_run(args.run, made_with, notes={k: x for k, x in options.items() if k not in made_with})
-    file, corpus = read_features(args.run / "features.safetensors"), options["corpus"]
-    return Study(config, corpus, file, run, seeds, device, synthetic=corpus == "demo")
+    return Study(config, options["corpus"], read_features(args.run / "features.safetensors"), run, seeds, device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,26 +154,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--features", type=Path, help="instead of a run: a feature file")
     add("--out", type=Path, help="with --features: the folder of the results")
     add("--corpus", choices=list(CONFIGS), default="iemocap", help="with --features: whose Table 1 (default: iemocap)")
-    add(
-        "--grid",
-        type=number(float, 0, 1000),
-        nargs="+",
-        default=list(GRID),
-        help="sweep: the weights (default: 0 0.3 0.7 1)",
-    )
+    add("--grid", type=number(float, 0, 1000), nargs="+", default=list(GRID), help="sweep (default: 0 0.3 0.7 1)")
     add("--seeds", type=number(int, 1, 100), default=3, help="trainings of each cell (default: 3)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the first seed (default: 0)")
     add("--device", type=magtkd.device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--fresh", action="store_true", help="with --features: train again")
     args = parser.parse_args(argv)
-    if len(args.grid) > MOST:
-        parser.error(f"--grid takes {MOST} weights at most: it trains each with each")
 
     def work() -> None:
         study = open_study(args)
         print(f"\n{sweep(study, args.grid) if args.command == 'sweep' else presets(study)}")
 
-    return run_command(args.command, work)
+    return run_command(args.command, work, "stopped; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,17 @@
     bash run.sh predict --run runs/demo --input conversation.csv     # a table, and conversation.emotions.csv
     bash run.sh predict --run runs/live --stream                     # JSON lines in, a JSON line out for each at once
 
-The columns of the csv, and the keys of a JSON line, are those of data.make_utterance: speaker and text, optionally
-audio, video, start and end. Paths are relative to the csv (--stream: to the working folder). What is missing or broken
-is noted; as in training its feature is zero and masked as a key.
+Columns of the csv and keys of a JSON line: see data.make_utterance. Paths are relative to the csv (--stream: to the
+working folder). What is missing or broken is noted; as in training its feature is zero and masked as a key.
 """
 
 import argparse
 import csv
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +42,14 @@ class Model:
 
 
 def load_run(folder: Path, device: torch.device) -> Model:
-    """The encoders and the best fusion model of the main row.
-
-    Errors: InputError if the run is not finished, or if its files were not made from each other (see `check_fit`).
-    """
-    folder = Path(folder)
+    """The encoders and the best fusion model of the main row. Errors: InputError if unfinished; see check_fit."""
     config, options = magtkd.read_config(folder)
     if options.get("features"):
         raise InputError(f"{folder} was trained on a feature file: it has no encoders. Give a run on a corpus")
     if options.get("encoders") == "tiny":
-        config = dataclasses.replace(config, **{f"{m}_model": str(folder / "tiny" / m) for m in MODALITIES})
-    for name in ("metrics.json", "features.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a finished run: no {name}. The command that started it resumes it")
+        config = replace(config, **{f"{m}_model": str(folder / "tiny" / m) for m in MODALITIES})
+    if not (folder / "metrics.json").is_file():
+        raise InputError(f"{folder} is not a finished run: no metrics.json. The command that started it resumes it")
     fusion_file = str(read_json(folder / "metrics.json").get("weights"))
     fusion, kinds = load_fusion(folder / fusion_file, CLASSES)
     file = read_features(folder / "features.safetensors")
@@ -87,22 +80,19 @@ def load_encoder(folder: Path, kind: str, config: Config, file: FeatureFile) -> 
     if now is None:
         print(f"{checkpoint}: cannot be compared with what {path.name} was trained from", file=sys.stderr)
     elif now != magtkd.made_from(path).get("checkpoint"):
-        raise InputError(
-            f"{path} was not trained from today's {checkpoint}: its weights, configuration or tokenizer have changed; "
-            "bring them back"
-        )
+        raise InputError(f"{checkpoint}: its weights, configuration or tokenizer have changed since {path} was trained")
     load_model(encoder, path)
     return encoder.eval()
 
 
 def load_examples(model: Model, modality: str, conversation: Conversation, first: int = 0) -> tuple[Examples, list]:
     """What an encoder takes of the utterances from number `first` on, and a note for each, "" if it is complete."""
-    encoder, utterances = model.encoders[modality], conversation.utterances[first:]
+    encoder, utterances, found, notes = model.encoders[modality], conversation.utterances[first:], {}, []
     if modality == TEXT:
         found = {u.id: prompt for u, prompt in zip(utterances, encoder.prompts(conversation)[first:])}
         notes = ["" if u.text else "no text (missing)" for u in utterances]
         return Examples(found.__getitem__, {i: len(x) for i, x in found.items()}), notes
-    c, found, notes = encoder.backbone.config, {}, []
+    c = encoder.backbone.config
     shape = (c.num_frames, c.image_size) if modality == "video" else ()
     for u in utterances:
         try:
@@ -125,10 +115,8 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
 
 
 class Stream:
-    """A conversation while it goes on.
-
-    Each utterance is encoded once. The fusion is computed again over all of them: it takes a hundredth of the FLOPs.
-    """
+    """A conversation while it goes on. Each utterance is encoded once; the fusion, a hundredth of the FLOPs, each time
+    over all of them."""
 
     def __init__(self, model: Model):
         self.model, self.utterances, self.features = model, (), {}
@@ -163,16 +151,13 @@ def predict_lines(model: Model, lines: Iterable[str]) -> None:
     if not model.fusion.config.causal:
         raise InputError("--stream needs a run with --causal: bash run.sh demo --causal --out runs/live")
     stream, bad = Stream(model), 0
-    for number, line in enumerate(lines, 1):
-        where = f"line {number}"
-        if not line.strip():
-            continue
+    for number, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
         try:
-            utterance = data.make_utterance(dict(json.loads(line.removeprefix("\ufeff"))), where, str(number), Path())
-        except InputError as e:
-            result, bad = {"error": str(e)}, bad + 1
-        except (TypeError, ValueError, RecursionError) as e:
-            result, bad = {"error": f"{where}: not a JSON object ({e})"}, bad + 1
+            row = dict(json.loads(line.removeprefix("\ufeff")))
+            utterance = data.make_utterance(row, f"line {number}", str(number), Path())
+        except (InputError, TypeError, ValueError, RecursionError) as e:
+            reason = str(e) if isinstance(e, InputError) else f"line {number}: not a JSON object ({e})"
+            result, bad = {"error": reason}, bad + 1
         else:
             (result,) = stream.add(utterance)
         print(json.dumps(result, ensure_ascii=False), flush=True)
@@ -180,26 +165,15 @@ def predict_lines(model: Model, lines: Iterable[str]) -> None:
         raise InputError(f"{bad} lines were not utterances and were left out; the output says why")
 
 
-def as_cells(rows: list[dict]) -> list[list]:
-    """Names of the columns, then a line per utterance."""
-    lines = [["speaker", "text", "emotion", *(f"p_{name}" for name in rows[0]["probabilities"]), "notes"]]
-    for row in rows:
-        probabilities, notes = row["probabilities"].values(), "; ".join(row["notes"])
-        lines.append([row["speaker"], row["text"], row["emotion"], *probabilities, notes])
-    return lines
-
-
-def print_table(lines: list[list]) -> None:
-    widths = [min(40, max(len(str(x)) for x in column)) for column in zip(*lines)]
-    for *cells, notes in lines:
-        print(*(f"{x!s:{width}.{width}}" for x, width in zip(cells, widths)), notes, sep="  ")
-
-
-def write_csv(path: Path, lines: list[list]) -> None:
+def write_csv(path: Path, rows: list[dict]) -> None:
     """A spreadsheet would run a cell that begins with = + - @ as a formula; it gets a ' before it."""
     with open(path, "w", newline="", encoding="utf-8") as f:
-        for line in lines:
-            csv.writer(f).writerow([f"'{x}" if str(x).startswith(tuple("=+-@\t")) else x for x in line])
+        writer = csv.writer(f)
+        writer.writerow(["speaker", "text", "emotion", *(f"p_{x}" for x in rows[0]["probabilities"]), "notes"])
+        for row in rows:
+            *known, probabilities, notes = row.values()
+            cells = [*known, *probabilities.values(), "; ".join(notes)]
+            writer.writerow([f"'{x}" if str(x).startswith(tuple("=+-@\t")) else x for x in cells])
 
 
 def work(args: argparse.Namespace) -> None:
@@ -210,9 +184,11 @@ def work(args: argparse.Namespace) -> None:
     if os.path.lexists(out):  # an input, an older result, a device, ..
         raise InputError(f"{out}: exists already, and is not overwritten; give another name with --out")
     data.check_target(out)
-    lines = as_cells(Stream(load_run(args.run, device)).add(*conversation.utterances))
-    print_table(lines)
-    data.replace_file(out, lambda temporary: write_csv(temporary, lines))
+    rows = Stream(load_run(args.run, device)).add(*conversation.utterances)
+    for row in rows:
+        emotion = f"{row['emotion']} {row['probabilities'][row['emotion']]:.2f}"
+        print(f"{row['speaker']:<12.12}  {emotion:<16}  {row['text']:<40.40}", *row["notes"], sep="  ")
+    data.replace_file(out, lambda temporary: write_csv(temporary, rows))
     print(f"\n{out}")
 
 

@@ -1,33 +1,26 @@
 """What comes out of a run: scores, tables, figures. `metrics.json` holds every number, `report.md` shows them.
 
-Accuracy and weighted F1 as in the paper's Tables 2 and 3, macro F1 beside them; a table per class and the confusion
-matrix of the main row; the losses over the epochs (Figure 6); differences of weighted F1 with bootstrap intervals; with
---ablation also t-SNE of the features (Figure 4) and mean gates. On a real corpus the paper's row stands beside ours.
+Scores as in Tables 2 and 3, on a real corpus beside the paper's; per class; differences of weighted F1 with bootstrap
+intervals; confusion matrix and loss curves (Figure 6). With --ablation also t-SNE (Figure 4) and mean gates.
 """
 
+import contextlib
 import json
 import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.manifold import TSNE
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from data import SPLITS, Conversations, FeatureFile, replace_file, scores
 
-matplotlib.use("Agg")  # whatever the environment or a matplotlibrc says
-import matplotlib.pyplot as plt  # noqa: E402
-
-STYLE = {
-    "text.parse_math": False,
-    "text.usetex": False,
-    "font.size": 9,
-    "figure.dpi": 130,
-}  # a "$" in a name is no math
+plt.switch_backend("Agg")  # whatever the environment or a matplotlibrc says
+STYLE = {"text.parse_math": False, "text.usetex": False, "font.size": 9, "figure.dpi": 130}  # "$" is no math
 SYNTHETIC = "**The corpus is synthetic: these numbers show that the code works, nothing about people.**\n\n"
 # Table 3 of the paper: accuracy and weighted F1, in percent.
 PAPER = {
@@ -50,23 +43,21 @@ SCORES = ("accuracy", "weighted_f1", "macro_f1")
 
 def main_row(rows) -> str:
     """The row that is shown in detail and whose model `predict` uses: the paper's best, or else the last."""
-    names = list(rows)
-    return "MAGT T+A_KD+V" if "MAGT T+A_KD+V" in names else names[-1]
+    return "MAGT T+A_KD+V" if "MAGT T+A_KD+V" in rows else list(rows)[-1]
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (of a sample, n - 1; 0 for a single seed)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def mean_std(values: list[float]) -> dict[str, float]:
+    """{"mean", "std"} over seeds (of a sample, n - 1; 0 for a single seed)."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
 def machine(device: torch.device) -> str:
     """Processor or GPU, and the versions that numbers depend on."""
-    chip = platform.processor() or platform.machine()
+    chip, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if device.type == "cuda":
         chip = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        chip = found[1] if found else chip
+    elif cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        chip = found[1]
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return f"{chip}{threads}, Python {platform.python_version()}, torch {torch.__version__}"
 
@@ -78,9 +69,8 @@ def table(head: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def spread(values: dict | tuple, many: bool = True) -> str:
-    mean, std = values.values() if isinstance(values, dict) else values
-    return f"{mean:.2f} ± {std:.2f}" if many else f"{mean:.2f}"
+def spread(values: dict[str, float], many: bool = True) -> str:
+    return f"{values['mean']:.2f} ± {values['std']:.2f}" if many else f"{values['mean']:.2f}"
 
 
 # Is a difference noise?
@@ -106,8 +96,8 @@ def weighted_f1(confusion: np.ndarray) -> np.ndarray:
     return 100 * (f1 * support).sum(-1) / support.sum(-1)
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
-    """The difference of weighted F1, a - b, mean over seeds, and its 95 % interval: (difference, low, high).
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 5000, seed: int = 0) -> dict[str, float]:
+    """The difference of weighted F1, a - b: {"difference" (mean over seeds), "std" (over seeds), "low", "high" (95 %)}.
 
     a, b: `confusions` of two models on the same utterances, with the same number of seeds, or one. Conversations are
     drawn with replacement, as many as there are, the same for both models and all seeds: utterances of a conversation
@@ -116,29 +106,23 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 5000, seed: in
     n = a.shape[1]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)  # [samples, n]
     drawn = [weighted_f1(np.einsum("bn,snij->bsij", draws, x, optimize=True)).mean(1) for x in (a, b)]
-    difference = weighted_f1(a.sum(1)).mean() - weighted_f1(b.sum(1)).mean()
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    return float(difference), float(low), float(high)
+    difference = mean_std(weighted_f1(a.sum(1)) - weighted_f1(b.sum(1)))
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5]).tolist()
+    return {"difference": difference["mean"], "std": difference["std"], "low": low, "high": high}
 
 
 def compare(file: FeatureFile, pairs: list[tuple[str, list[dict], list[dict]]]) -> list[dict]:
-    """Per pair (name, runs of a, runs of b): {"pair", "difference" of weighted F1, "std" over seeds, "low", "high"}."""
-    conversation = file.conversation[file.split == SPLITS.index("test")]
-    result = []
+    """Per pair (name, runs of a, runs of b): {"pair": name, **paired_bootstrap(..)}."""
+    conversation, result = file.conversation[file.split == SPLITS.index("test")], []
     for name, *runs in pairs:
-        a, b = (confusions(r, conversation, len(file.label_names)) for r in runs)
-        difference, low, high = paired_bootstrap(a, b)
-        _, std = mean_std((weighted_f1(a.sum(1)) - weighted_f1(b.sum(1))).tolist())
-        result.append({"pair": name, "difference": difference, "low": low, "high": high, "std": std})
+        counts = [confusions(r, conversation, len(file.label_names)) for r in runs]
+        result.append({"pair": name, **paired_bootstrap(*counts)})
     return result
 
 
-def comparison_table(comparisons: list[dict]) -> str:
-    lines = [
-        [c["pair"], f"{c['difference']:+.2f} ± {c['std']:.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
-        for c in comparisons
-    ]
-    return table(["pair", "difference of W-F1", "95 % interval"], lines)
+def moved(c: dict) -> list[str]:
+    """Cells of a table: a difference and its interval."""
+    return [f"{c['difference']:+.2f} ± {c['std']:.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
 
 
 def pairs_of(rows: dict[str, list[dict]]) -> list[tuple[str, list[dict], list[dict]]]:
@@ -146,12 +130,9 @@ def pairs_of(rows: dict[str, list[dict]]) -> list[tuple[str, list[dict], list[di
     pairs = []
     for row, runs in rows.items():
         name, _, kinds = row.partition(" ")
-        others = {"MAGT": ["Concat", "Context"], "Context": ["Concat"]}.get(name, [])
-        for other in (f"{other} {kinds}" for other in others):
-            if other in rows:
-                pairs.append((f"{row} - {other}", runs, rows[other]))
-        if kinds and "T" in rows:
-            pairs.append((f"{row} - T", runs, rows["T"]))
+        others = [f"{x} {kinds}" for x in {"MAGT": ["Concat", "Context"], "Context": ["Concat"]}.get(name, [])]
+        others += ["T"] if kinds else []
+        pairs += [(f"{row} - {other}", runs, rows[other]) for other in others if other in rows]
     return pairs
 
 
@@ -162,9 +143,9 @@ def write_report(out: Path, result: dict) -> str:
     """Writes metrics.json, report.md and figures/*.png into `out`; returns the table of results as text.
 
     result: "title", "synthetic" (bool), "corpus" (a key of PAPER, or another name), "machine", "weights" (of the main
-    row's best model), "notes", "problems" (lists of lines), "file" (the features), "label_names", and "rows": name ->
-    list, one entry per seed, of {"seed", "labels", "predictions" (on test, of the epoch chosen on dev), "epoch", for
-    stage 2 "test_selected" (scores) and "history" (a dict per epoch)}; with the ablation "section" (Markdown).
+    row's best model), "notes", "problems" (lists of lines), "file" (the features), and "rows": name -> list, per seed
+    {"seed", "labels", "predictions" (on test, of the epoch chosen on dev), "epoch", for stage 2 "dev_f1",
+    "test_selected" (scores), "history" (a dict per epoch)}; with the ablation "section" (Markdown).
     """
     rows, file, names = result["rows"], result["file"], result["file"].label_names
     metrics = {k: result[k] for k in ("title", "synthetic", "corpus", "machine", "weights", "notes", "problems")}
@@ -173,26 +154,21 @@ def write_report(out: Path, result: dict) -> str:
     best = main_row(rows)
     runs, classes = rows[best], range(len(names))
     labels, predictions = (np.concatenate([r[what] for r in runs]) for what in ("labels", "predictions"))
-    metrics["main_row"] = best
-    metrics["confusion"] = confusion_matrix(labels, predictions, labels=classes).tolist()
+    metrics |= {"main_row": best, "confusion": confusion_matrix(labels, predictions, labels=classes).tolist()}
     parts = precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
     metrics["per_class"] = {
         name: {"precision": 100 * p, "recall": 100 * r, "f1": 100 * f, "support": int(n) // len(runs)}
         for name, p, r, f, n in zip(names, *map(np.ndarray.tolist, parts))
     }
-    (out / "figures").mkdir(exist_ok=True)
     caption = f"{result['title']}: {best}, {len(runs)} seed{'s' * (len(runs) > 1)}"
-    confusion_figure(out / "figures" / "confusion.png", labels, predictions, names, caption)
-    losses = ""
-    if histories := [r["history"] for r in runs if "history" in r]:
-        loss_figure(out / "figures" / "losses.png", histories, caption)
-        losses = "![Losses over the epochs](figures/losses.png)\n"
-    per_class = [
-        [name, *(f"{row[k]:.1f}" for k in ("precision", "recall", "f1")), row["support"]]
-        for name, row in metrics["per_class"].items()
-    ]
-    results = results_table(metrics)
-    problems, notes = (bullets(result[what]) for what in ("problems", "notes"))
+    confusion_figure(out / "figures" / "confusion.png", np.array(metrics["confusion"]), names, caption)
+    loss_figure(out / "figures" / "losses.png", [r["history"] for r in runs], caption)
+    keys = ("precision", "recall", "f1")
+    per_class = [[name, *(f"{x[k]:.1f}" for k in keys), x["support"]] for name, x in metrics["per_class"].items()]
+    changes = [[c["pair"], *moved(c)] for c in metrics["comparisons"]]
+    results, problems = results_table(metrics), bullets(result["problems"])
+    if problems:
+        problems = f"\nAudio or video with a problem (where missing: zero, masked as a key):\n\n{problems}"
     text = f"""# {result["title"]}
 
 {SYNTHETIC if result["synthetic"] else ""}{result["machine"]}.
@@ -207,7 +183,7 @@ is chosen on dev. The column "test-selected" chooses it on test, as published fi
 
 ## Is a difference noise?
 
-{comparison_table(metrics["comparisons"])}
+{table(["pair", "difference of W-F1", "95 % interval"], changes)}
 
 Seeds are paired; ± is the standard deviation over seeds. The interval is a paired bootstrap over test conversations:
 if it contains 0, the difference may come from their choice. It does not include the variance over seeds, nor that of
@@ -218,16 +194,12 @@ training the encoders again.
 {table(["class", "precision", "recall", "F1", "utterances"], per_class)}
 
 ![Confusion matrix](figures/confusion.png)
-{losses}
+![Losses over the epochs](figures/losses.png)
+
 {result.get("section", "")}
 ## The corpus
 
-{notes}"""
-    if problems:
-        text += (
-            f"\nAudio or video with a problem, {len(result['problems'])} (where missing: zero, masked as a key):\n\n"
-        )
-        text += problems
+{bullets(result["notes"])}{problems}"""
     replace_file(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2)))
     replace_file(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     return results
@@ -243,8 +215,7 @@ LEGEND = {
 
 
 def legend(rows) -> str:
-    names = {row.partition(" ")[0] for row in rows}
-    return bullets(text for name, text in LEGEND.items() if name in names)
+    return bullets(text for name, text in LEGEND.items() if any(row.split()[0] == name for row in rows))
 
 
 def bullets(lines) -> str:
@@ -254,10 +225,10 @@ def bullets(lines) -> str:
 def summary(runs: list[dict]) -> dict:
     """The scores of one row: mean and standard deviation over seeds, and per seed."""
     per_seed = [scores(r["labels"], r["predictions"]) for r in runs]
-    result = {s: dict(zip(("mean", "std"), mean_std([x[s] for x in per_seed]))) for s in SCORES}
-    if selected := [r["test_selected"] for r in runs if "test_selected" in r]:
-        result["test_selected"] = {s: dict(zip(("mean", "std"), mean_std([x[s] for x in selected]))) for s in SCORES}
-        result["dev_f1"] = dict(zip(("mean", "std"), mean_std([r["dev_f1"] for r in runs])))
+    result = {s: mean_std([x[s] for x in per_seed]) for s in SCORES}
+    if "test_selected" in runs[0]:  # of stage 2
+        result["test_selected"] = {s: mean_std([r["test_selected"][s] for r in runs]) for s in SCORES}
+        result["dev_f1"] = mean_std([r["dev_f1"] for r in runs])
     result["seeds"] = [{"seed": r["seed"], "epoch": r["epoch"], **x} for r, x in zip(runs, per_seed)]
     return result
 
@@ -278,24 +249,13 @@ def results_table(metrics: dict) -> str:
 
 
 def ablation(file: FeatureFile, rows: dict, load: Callable, out: Path) -> str:
-    """Draws t-SNE and mean gates; returns their section of the report.
-
-    load: (row, seed) -> model on the CPU and the kinds of features that it fuses.
-    """
-    (out / "figures").mkdir(exist_ok=True)
-    gates = {}
-    for row, runs in rows.items():
-        if row.startswith("MAGT"):
-            gates[row] = np.mean([mean_gates(*load(row, r["seed"]), file) for r in runs], axis=0)
+    """Draws t-SNE and mean gates; returns their section. load: (row, seed) -> model on the CPU, kinds of features."""
+    magt = [row for row in rows if row.startswith("MAGT")]
+    gates = {row: np.mean([mean_gates(*load(row, r["seed"]), file) for r in rows[row]], axis=0) for row in magt}
     gate_figure(out / "figures" / "gates.png", gates)
-    text = (
-        "## Gates\n\nThe mean gate of each stream on test (Eq. 21): at 1 all of what an anchor read from a source is "
-    )
-    text += "kept, at 0 nothing.\n\n![Mean gates](figures/gates.png)\n"
-    if tsne_figure(out / "figures" / "tsne.png", file):
-        text += "\n## Features\n\nEach encoder's features of test in two dimensions (Figure 4).\n\n"
-        text += "![t-SNE of the features](figures/tsne.png)\n"
-    return text
+    text = "## Gates\n\nThe mean gate of each stream on test (Eq. 21): at 1 all of what an anchor read from a source "
+    text += "is kept, at 0 nothing.\n\n![Mean gates](figures/gates.png)\n"
+    return text + tsne_figure(out / "figures" / "tsne.png", file)
 
 
 @torch.inference_mode()
@@ -313,86 +273,73 @@ MARKERS = "os^Dv*PX"  # one per class, filled and hollow in turn
 FEWEST, MOST = 10, 2000  # points of a t-SNE
 
 
-def confusion_figure(path: Path, labels, predictions, names: list[str], caption: str) -> None:
+@contextlib.contextmanager
+def figure(path: Path, panels: int, width: float, height: float):
+    """Yields a figure with a row of panels, each of this size in inches, and its axes; writes it as PNG at the end."""
+    path.parent.mkdir(exist_ok=True)
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(2.2 + 0.7 * len(names),) * 2)
-        how = {"labels": range(len(names)), "display_labels": names, "normalize": "true", "values_format": ".2f"}
-        ConfusionMatrixDisplay.from_predictions(
-            labels, predictions, ax=ax, cmap="Greys", colorbar=False, xticks_rotation=45, **how
-        )
-        ax.set(xlabel="predicted", ylabel="true; share of each row")
-        ax.set_title(caption)
-        save(fig, path)
+        fig, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
+        yield fig, axes[0]
+        replace_file(path, lambda temporary: fig.savefig(temporary, format="png"))
+        plt.close(fig)
+
+
+def confusion_figure(path: Path, counts: np.ndarray, names: list[str], caption: str) -> None:
+    side = 2.2 + 0.7 * len(names)
+    with figure(path, 1, side, side) as (_, (ax,)):
+        grid(ax, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), "{:.2f}", 0, 1, names)
+        ax.tick_params(axis="x", rotation=45)
+        ax.set(xlabel="predicted", ylabel="true; share of each row", title=caption)
 
 
 def loss_figure(path: Path, histories: list[list[dict]], caption: str) -> None:
     """Figure 6: L_total, L_KD^a and L_KD^v over the epochs, mean over seeds."""
     titles = {"loss": "L_total (Eq. 25)", "kd_audio": "L_KD^a (Eq. 24)", "kd_video": "L_KD^v (Eq. 24)"}
     shown = [k for k in titles if any(epoch["train"].get(k) for epoch in histories[0])]
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.2), squeeze=False)
-        for ax, key in zip(axes[0], shown):
+    with figure(path, len(shown), 3.6, 3.2) as (fig, axes):
+        for ax, key in zip(axes, shown):
             for split, style in (("train", "k-"), ("dev", "k--"), ("test", "k:")):
                 mean = np.mean([[epoch[split][key] for epoch in h] for h in histories], axis=0)
                 ax.plot(range(1, len(mean) + 1), mean, style, label=split)
             ax.set(title=titles[key], xlabel="epoch")
-        axes[0][0].legend(frameon=False)
+        axes[0].legend(frameon=False)
         fig.suptitle(caption)
-        save(fig, path)
 
 
-def tsne_figure(path: Path, file: FeatureFile) -> bool:
-    """Figure 4: a panel per kind of features, the utterances of test by class. False: too few utterances to draw."""
+def tsne_figure(path: Path, file: FeatureFile) -> str:
+    """Figure 4: a panel per kind of features, the utterances of test by class. Returns Markdown; "" for too few."""
     test = file.split == SPLITS.index("test")
     shown = {kind: test & present for kind, present in file.present.items() if (test & present).sum() >= FEWEST}
     if not shown:
-        return False
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.8 * rows + 0.6), squeeze=False)
-        for ax in axes.flat:
-            ax.axis("off")
-        for ax, (kind, at) in zip(axes.flat, shown.items()):
-            at = at.nonzero().flatten().numpy()
-            if len(at) > MOST:
-                at = np.random.default_rng(0).choice(at, MOST, replace=False)
+        return ""
+    with figure(path, len(shown), 4, 4.4) as (fig, axes):
+        for ax, (kind, at) in zip(axes, shown.items()):
+            at = np.random.default_rng(0).permutation(at.nonzero().flatten().numpy())[:MOST]
             x, label = file.features[kind][at].numpy(), file.label[at].numpy()
             points = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0).fit_transform(x)
             for c, name in enumerate(file.label_names):
                 colors = {"facecolors": "black" if c % 2 else "white", "edgecolors": "black", "linewidths": 0.6}
                 ax.scatter(*points[label == c].T, s=22, marker=MARKERS[c % len(MARKERS)], label=name, **colors)
-            ax.axis("on")
             ax.set(title=f"{kind}, {len(x)} utterances", xticks=[], yticks=[])
-        handles, names = axes[0][0].get_legend_handles_labels()
-        fig.legend(handles, names, ncols=min(8, len(names)), loc="lower center", frameon=False)
-        save(fig, path, bottom=0.6 / (3.8 * rows + 0.6))
-    return True
+        fig.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False)
+    text = "\n## Features\n\nEach encoder's features of test in two dimensions (Figure 4).\n\n"
+    return f"{text}![t-SNE of the features](figures/tsne.png)\n"
 
 
 def gate_figure(path: Path, gates: dict[str, np.ndarray]) -> None:
     """A panel per model: mean gate of each stream, anchors down, sources across. gates: "MAGT T+A+V" -> [M, M]."""
-    low, high = min(x.min() for x in gates.values()) - 0.02, max(x.max() for x in gates.values()) + 0.1
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(gates), figsize=(3.2 * len(gates), 3.4), squeeze=False)
-        for ax, (row, mean) in zip(axes[0], gates.items()):
+    with figure(path, len(gates), 3.2, 3.4) as (_, axes):
+        for ax, (row, mean) in zip(axes, gates.items()):
             names = row.split()[-1].split("+")
-            grid(ax, mean, "{:.2f}", low, high, names, names)
+            grid(ax, mean, "{:.2f}", 0, 1, names)
             ax.set(xlabel="source", ylabel="anchor", title=row)
-        save(fig, path)
 
 
-def grid(ax, values: np.ndarray, form: str, low: float, high: float, rows: list[str], columns: list[str]) -> None:
-    """A matrix as grey cells with their numbers."""
+def grid(ax, values: np.ndarray, form: str, low: float, high: float, names: list[str]) -> None:
+    """A matrix as grey cells with their numbers; `names` of its rows and columns."""
     ax.imshow(values, cmap="Greys", vmin=low, vmax=high)
     for (i, j), x in np.ndenumerate(values):
-        dark = (x - low) / (high - low) > 0.5
+        dark = (x - low) / (high - low) > 0.6
         ax.text(j, i, form.format(x), ha="center", va="center", color="white" if dark else "black")
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-
-
-def save(fig, path: Path, bottom: float = 0.0) -> None:
-    fig.tight_layout(rect=(0, bottom, 1, 1))
-    replace_file(path, lambda temporary: fig.savefig(temporary, format="png"))
-    plt.close(fig)
+    short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
+    ax.set(xticks=range(len(short)), xticklabels=short, yticks=range(len(short)), yticklabels=short)

@@ -3,9 +3,8 @@
     bash run.sh tour                                  # a conversation of runs/demo's test set
     bash run.sh tour --run runs/iemocap --conversation Ses05F_impro04
 
-Every number comes from the functions of the five modules, called as training calls them. A value that a function does
-not return (a softmax, an attention weight) is computed again here, in one line with its equation. The text is printed,
-and written to tour.md in the run's folder, beside a picture of the frames.
+Every number comes from the functions of the five modules, called as training calls them. What they do not return (a
+softmax, an attention weight) is computed here. The text is printed, and written to tour.md in the run's folder.
 """
 
 import argparse
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.image import imsave
 from torch import Tensor
 
 import data
@@ -29,22 +27,22 @@ from fusion import MAGT, TEXT
 
 TITLE = "A conversation through Eq. 1 to 25"
 CHANGED = "bring the corpus back, or start the run's own command again"
-# Largest relative difference between features of the run and today's. A run trained in bfloat16 on a GPU differs from
-# float32 on a CPU by 1 % after 24 layers (random weights), other media by more.
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # relative difference to the run's features: bfloat16 on a GPU gives 0.01, other media more
 
 
 class Board:
     """Lines of Markdown, and every number in them under a name of its own."""
 
     def __init__(self):
-        self.lines, self.values, self.frames = [], {}, None
+        self.lines, self.values = [], {}
 
     def write(self, *lines: str) -> None:
         self.lines += lines
 
+    def block(self, *lines: str) -> None:
+        self.lines += [f"    {line}" for line in lines]
+
     def head(self, title: str, equations: str, *functions: Callable) -> None:
-        """A section, with the functions that compute its equations."""
         names = ", ".join(f"{f.__module__}.{f.__qualname__}" for f in functions)
         self.write("", f"## {title}", "", f"{equations}: {names}", "")
 
@@ -58,17 +56,14 @@ class Board:
         self.values[symbol] = float(x)
         return f"{symbol} = {float(x):.4f}"
 
-    def block(self, *lines: str) -> None:
-        self.write(*(f"    {line}" for line in lines))
-
 
 @torch.inference_mode()
 def walk(run: Path, wanted: str | None = None) -> Board:
     """A conversation of a finished run, from Eq. 1 to 25. Errors: InputError, also if its corpus has changed since."""
     board, model = Board(), predict.load_run(run, torch.device("cpu"))
     options = magtkd.read_config(run)[1]
-    name = options["corpus"]
-    corpus = demo.read_demo(run) if name == "demo" else magtkd.READERS[name](Path(options["root"]))
+    reader = magtkd.READERS.get(options["corpus"])  # none for the demo
+    corpus = reader(Path(options["root"])) if reader else demo.read_demo(run)
     check_labels(run, model, corpus)
     conversations = {c.id: c for split in data.SPLITS for c in corpus.splits[split]}
     wanted = wanted or min(corpus.splits["test"], key=lambda c: abs(len(c.utterances) - 6)).id  # it fits on a screen
@@ -78,9 +73,7 @@ def walk(run: Path, wanted: str | None = None) -> Board:
     conversation = conversations[wanted]
     u = len(conversation.utterances) // 2  # the utterance that is shown in detail
 
-    synthetic = " **It is synthetic: its numbers say nothing about people.**" if name == "demo" else ""
-    board.write(f"# {TITLE}: {conversation.id} of {corpus.name}", "")
-    board.write(f"The utterance marked with > is shown in detail.{synthetic}", "")
+    board.write(f"# {TITLE}: {conversation.id} of {corpus.name}", "", "Shown in detail: the one marked with >.", "")
     for i, x in enumerate(conversation.utterances):
         board.block(f"{'>' if i == u else ' '} {i + 1:>2} {x.speaker:<7} [{corpus.label_names[x.label]}] {x.text}")
     encoded = stage1(board, model, conversation, u)
@@ -118,11 +111,8 @@ def stage1(board: Board, model: predict.Model, conversation: Conversation, u: in
             tokens = [encoder.tokenizer.decode([token]).strip() or "_" for token in example]
             board.write(f"<s> C_k </s> P_k </s> has {len(example)} tokens.", "")
             board.block(*(" ".join(tokens[i : i + 16]) for i in range(0, len(tokens), 16)))
-        elif m == "audio":
-            board.write(f"{len(example) / encoders.RATE:.2f} s, {len(example):,} samples", "")
         else:
-            board.frames = example.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # [height, frames * width, 3]
-            board.write(f"{list(example.shape)}, uint8", "", "![The frames](tour-frames.png)", "")
+            board.write(f"{list(example.shape)}, {example.dtype}", "")
         x = encoded[m]
         board.block(board.tensor(f"F_{m[0]}", x.features, u), board.tensor(f"logits_{m[0]}", x.logits, u))
     return encoded
@@ -132,12 +122,7 @@ def distillation(board: Board, encoded: dict[str, Encoded], conversation: Conver
     """Eq. 6-14, with the conversation as the batch."""
     labels = torch.tensor([x.label for x in conversation.utterances])
     functions = (losses.pearson_distance, losses.soft_label_loss, losses.feature_loss, losses.stage1_loss)
-    board.head("What text teaches: the losses of stage 1", "Eq. 6-14", *functions)
-    board.write(
-        "The conversation is the batch. L_s compares rows and columns of Y, L_f which utterances resemble each other "
-        "(rows of T and S). All losses are the paper's, without --class-weights or --preset released.",
-        "",
-    )
+    board.head("What text teaches: the paper's losses, with the conversation as the batch", "Eq. 6-14", *functions)
     text = encoded[TEXT]
     board.block(board.number("text: L_CE (13)", losses.cross_entropy(text.logits, labels)))
     for m in (m for m in encoded if m != TEXT):
@@ -175,9 +160,7 @@ def stage2(board: Board, model: predict.Model, conversation: Conversation, encod
     if gap > TOLERANCE:
         raise InputError(f"{conversation.id}: the run's features were made from other media than today's; {CHANGED}")
 
-    board.head(
-        "From features to H", "Eq. 15-18", MAGT.inputs, fusion.sinusoidal_positions, fusion.positions_and_speakers
-    )
+    board.head("From features to H", "Eq. 15-18", MAGT.inputs, fusion.positions_and_speakers)
     board.write(f"The feature file against the features above: {board.number('relative difference', gap)}.", "")
     h = net.inputs(features, speakers, lengths, present)
     positions = fusion.sinusoidal_positions(lengths[0], net.config.width)
@@ -185,11 +168,7 @@ def stage2(board: Board, model: predict.Model, conversation: Conversation, encod
     board.block(*(board.tensor(f"H_{m[0]} (18)", x, u) for m, x in h.items()))
 
     board.head("Streams and gates", "Eq. 19-22", fusion.Block, fusion.Anchor.stream, fusion.Anchor.alpha, fusion.Anchor)
-    board.write(
-        f"source -> anchor: the anchor's utterance {u + 1} is the query, the source's utterances are keys and values. "
-        "The norm |H| of its stream before and after the gate; the largest attention weights (mean over the heads).",
-        "",
-    )
+    board.write("source -> anchor, its gate, its norm before and after the gate, the largest attention weights:", "")
     audio_and_video = {m: x for m, x in out.hidden.items() if m != TEXT}
     sources = {**net.enriched(audio_and_video, speakers, lengths), TEXT: h[TEXT]}  # of the text anchor
     for anchor in out.hidden:  # audio, video, text
@@ -198,12 +177,11 @@ def stage2(board: Board, model: predict.Model, conversation: Conversation, encod
             weights = attention_weights(net.anchor[anchor].block[source], h[anchor], x, there)
             stream = net.anchor[anchor].stream(source, h[anchor], x, lengths, there)  # Eq. 19, 20
             gated = stream * out.gates[anchor][source]  # Eq. 22
-            board.values |= {f"attention {name}": weights, f"gated {name}": gated}
+            board.values[f"attention {name}"] = weights
             largest = zip(*(x.tolist() for x in weights[u].topk(min(5, len(weights)))))
             attention = ", ".join(f"{i + 1}: {100 * weight:.0f} %" for weight, i in largest)
             gate = board.number(f"gate {name} (21)", out.gates[anchor][source][u].mean())
             board.block(f"{gate:<38} |H| {stream[u].norm():.2f} -> |H'| {gated[u].norm():.2f}   {attention}")
-    board.write("", f"The anchors in this order: {', '.join(out.hidden)}. Their enriched sequences:", "")
     board.block(*(board.tensor(f"{m[0]}'", x, u) for m, x in out.hidden.items()))
 
     board.head("The prediction", "Eq. 23", MAGT.forward)
@@ -231,16 +209,12 @@ def attention_weights(block: fusion.Block, anchor: Tensor, source: Tensor, prese
 
 
 def work(run: Path, wanted: str | None) -> None:
-    board = walk(run, wanted)
-    text, markdown, picture = "\n".join(board.lines), run / "tour.md", run / "tour-frames.png"
+    text, path = "\n".join(walk(run, wanted).lines), run / "tour.md"
     print(text)
-    for path in (markdown, picture):
-        if path.is_file() and TITLE.encode() not in path.read_bytes()[:1000]:
-            raise InputError(f"{path}: was not written by the tour, and is not overwritten; move it away")
-    data.replace_file(markdown, lambda path: path.write_text(text, encoding="utf-8"))
-    if board.frames is not None:
-        data.replace_file(picture, lambda path: imsave(path, board.frames, format="png", metadata={"Title": TITLE}))
-    print(f"\n{markdown}")
+    if path.is_file() and TITLE.encode() not in path.read_bytes()[:1000]:
+        raise InputError(f"{path}: was not written by the tour, and is not overwritten; move it away")
+    data.replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"\n{path}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from extras import demo
 
-# How often each label is drawn, by the names that extras/demo.py acts; neighbours have similar texts.
+# How often each label is drawn, by the names that extras/demo.py acts.
 EMOTIONS = {"ang": 0.15, "dis": 0.08, "hap": 0.17, "sur": 0.13, "fea": 0.09, "sad": 0.11, "neu": 0.27}
 IN_CSV = dict(zip(EMOTIONS, "anger disgust joy surprise fear sadness neutral".split()))
 COLUMNS = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
@@ -22,11 +22,9 @@ def make_iemocap(root: Path) -> Path:
     demo.write_iemocap(root, seed=1, conversations=3, utterances=(8, 10))
     transcripts = [root / f"Session{n}/dialog/transcriptions/Ses0{n}F_impro01.txt" for n in range(1, 6)]
     labels = [root / f"Session{n}/dialog/EmoEvaluation/Ses0{n}F_impro01.txt" for n in range(1, 6)]
-    # Stubs beside files, annotations in a sub-folder, lines of the transcript that are no turn.
+    # Stubs beside files, lines of the transcript that are no turn.
     for path in [path for path in (root / "Session1").rglob("Ses01F_impro01*") if path.is_file()]:
         path.with_name("._" + path.name).write_bytes(APPLE_DOUBLE)
-    (labels[0].parent / "Categorical").mkdir()
-    (labels[0].parent / "Categorical/Ses01F_impro01_e2.txt").write_text("Ses01F_impro01_F000 :Neutral; ()\n")
     noise = "Ses01F_impro01_MXX0 [000.1000-000.4000]: [BREATHING]\nM: Yeah.\n"
     transcripts[0].write_text(noise + transcripts[0].read_text())
     # Labels go by name, not by time.
@@ -38,11 +36,7 @@ def make_iemocap(root: Path) -> Path:
         times, name, _, rest = turns[k].split("\t", 3)
         turns[k] = "\t".join((times, name, label, rest))
     labels[2].write_text("\n\n".join([header, *turns]))
-    # An audio file is missing, one is empty, one has a header and no samples.
-    missing, empty, cut = (next(root.rglob(f"Ses04F_impro01_{turn}.wav")) for turn in ("F000", "M000", "F001"))
-    missing.unlink()
-    empty.write_bytes(b"")
-    cut.write_bytes(cut.read_bytes()[:44])
+    next(root.rglob("Ses04F_impro01_F000.wav")).unlink()
     (root / "Session5/dialog/avi/DivX").rename(root / "Session5/dialog/avi/Divx")
     return root
 
@@ -63,28 +57,6 @@ def make_meld(root: Path) -> Path:
                 frames = demo.draw_faces(rng, face, actor, SIZE)
                 demo.write_video(root / folder / f"dia{k}_utt{u}.mp4", frames, channels, RATE)
         write_rows(root / f"{split}_sent_emo.csv", COLUMNS.split(","), rows)
-    plant_meld_flaws(root)
-    return root
-
-
-def write_rows(path: Path, columns: list[str], rows: list[list], delimiter: str = ",") -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows([columns, *rows])
-    return path
-
-
-def write_as_csv(path: Path, corpus) -> Path:
-    """A corpus that another reader has read, as `data.read_csv` reads it."""
-    rows = []
-    for split, conversations in corpus.splits.items():
-        for c in conversations:
-            for u in c.utterances:
-                cells = [split, c.id, u.speaker, u.text, corpus.label_names[u.label]]
-                rows.append([*cells, u.id.removeprefix(f"{c.id}_"), u.audio, u.video, u.start, u.end])
-    return write_rows(path, "split conversation speaker text label id audio video start end".split(), rows)
-
-
-def plant_meld_flaws(root: Path) -> None:
     train, dev, test = (root / folder for folder in FOLDERS.values())
     for folder in (train, dev, test):
         (folder / "._dia0_utt0.mp4").write_bytes(APPLE_DOUBLE)
@@ -108,3 +80,21 @@ def plant_meld_flaws(root: Path) -> None:
     (root / "test").mkdir()
     for path in (dev, test, root / "dev_sent_emo.csv"):
         path.rename(root / path.name.replace("dev_", "dev/dev_").replace("output_", "test/output_"))
+    return root
+
+
+def write_rows(path: Path, columns: list[str], rows: list[list], delimiter: str = ",") -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([columns, *rows])
+    return path
+
+
+def write_as_csv(path: Path, corpus) -> Path:
+    """A corpus that another reader has read, as `data.read_csv` reads it."""
+    rows = []
+    for split, conversations in corpus.splits.items():
+        for c in conversations:
+            for u in c.utterances:
+                cells = [split, c.id, u.speaker, u.text, corpus.label_names[u.label]]
+                rows.append([*cells, u.id.removeprefix(f"{c.id}_"), u.audio, u.video, u.start, u.end])
+    return write_rows(path, "split conversation speaker text label id audio video start end".split(), rows)

@@ -1,15 +1,12 @@
 """Readers, on synthetic corpora and on damaged copies; writing; conversations as rows; scores and digests."""
 
 import csv
-import dataclasses
 import os
 import re
-import shutil
-from functools import partial
 
 import pytest
 import torch
-from corpora import write_as_csv, write_rows
+from corpora import write_rows
 from test_features import example
 
 import data
@@ -31,32 +28,14 @@ def test_iemocap(iemocap):
     assert {c.id[:5] for c in corpus.splits["test"]} == {"Ses05"} != {c.id[:5] for c in corpus.splits["dev"]}
     assert corpus == read_iemocap(iemocap) and corpus != read_iemocap(iemocap, seed=1)
     for c in (c for split in corpus.splits.values() for c in split):
-        labels = next(iemocap.rglob(f"EmoEvaluation/{c.id}.txt")).read_text()
-        turns = sorted(re.findall(TURN, labels, re.M), key=lambda turn: float(turn[0]))
+        turns = re.findall(TURN, next(iemocap.rglob(f"EmoEvaluation/{c.id}.txt")).read_text(), re.M)
+        turns.sort(key=lambda turn: float(turn[0]))
         assert [(u.id, corpus.label_names[u.label]) for u in c.utterances] == [turn[1:] for turn in turns]
         letters = "".join(dict.fromkeys(u.id[-4] for u in c.utterances))  # F or M, in the order of speaking
         assert [u.speaker for u in c.utterances] == [("first", "second")[letters.index(u.id[-4])] for u in c.utterances]
         assert all(u.text and "[" not in u.text and u.audio_is_cut and u.video for u in c.utterances)
         assert not any("._" in str(u.audio) for u in c.utterances)
     assert {"5 turns labelled xxx, sur, fea, dis or oth, dropped", "1 utterances without audio"} < set(corpus.notes)
-
-
-def test_incomplete_corpora(iemocap, copy_of, tmp_path):
-    root = copy_of(iemocap)
-    (_, first, _), (_, second, _) = re.findall(TURN, (root / LABELS).read_text(), re.M)[:2]
-    edit(root / LABELS, lambda text: "\n".join(line for line in text.split("\n") if first not in line))
-    edit(root / TRANSCRIPT, lambda text: "\n".join(line for line in text.split("\n") if second not in line))
-    notes = read_iemocap(root).notes
-    assert "1 transcribed turns without a label, dropped" in notes
-    assert "1 labelled turns without text in the transcript, dropped" in notes
-    (root / TRANSCRIPT).unlink()
-    with pytest.raises(InputError, match=r"1 are in only one of them \(Ses01M_impro01.txt\)"):
-        read_iemocap(root)
-    (root / "Session3").rename(root / "elsewhere")
-    with pytest.raises(InputError, match="no complete IEMOCAP at .*: Session3 missing.*sail.usc.edu.*run.sh demo"):
-        read_iemocap(root)
-    with pytest.raises(InputError, match="no complete MELD at .*train_sent_emo.csv.*unpack it.*--root.*run.sh demo"):
-        read_meld(tmp_path)
 
 
 def test_meld(meld):
@@ -73,70 +52,55 @@ def test_meld(meld):
     assert "1 utterances without video" in corpus.notes and utterances["dev_dia0_utt1"].video is None
     assert "1 clips without a row in the csv, ignored" in corpus.notes
     assert utterances["test_dia0_utt0"].video.name == "final_videos_testdia0_utt0.mp4"
-    assert not any(u.video and u.video.name.startswith("._") for u in utterances.values())
     assert utterances["train_dia0_utt0"].text.endswith(" “It’s done…”")
 
 
-@pytest.mark.parametrize(
-    "file, change, words",
-    [
+def test_damaged_and_incomplete_corpora(iemocap, meld, copy_of):
+    roots = {LABELS: (copy_of(iemocap), read_iemocap), TABLE: (copy_of(meld), read_meld)}
+    for file, change, words in [
         (LABELS, lambda t: re.sub(r"\t\w{3}\t", "\tjoy\t", t, count=1), ":3: unknown emotion 'joy'; IEMOCAP has ang, "),
         (LABELS, lambda t: t[: t.rindex("[") - 8], r":\d+: malformed line .*'\["),
-        (LABELS, lambda t: t.replace("01_M000\t", "01_X000\t"), ":3: malformed line"),
         (LABELS, lambda t: t + t.split("\n")[2] + "\n", r":\d+: malformed line or turn labelled twice"),
         (TABLE, lambda t: t.replace(",neutral,", ",bored,", 1), r":\d+: unknown label 'bored'; MELD has anger"),
         (TABLE, lambda t: t[: t.rindex('"') - 40], r":\d+: (malformed row|\d fields)"),
-        (TABLE, lambda t: t.replace("Speaker", "Who", 1), ": no column speaker; it has .*, who, "),
-        (TABLE, lambda t: t.splitlines()[0] + "\n", ": no utterances"),
         (TABLE, lambda t: t + t.splitlines()[-1] + "\n", r":\d+: utterance 'test_dia2_utt\d+' is there a second time"),
         (TABLE, lambda t: t.replace(",0,0,", ",zero,0,", 1), ":2: malformed row"),
-    ],
-)
-def test_damaged_files(iemocap, meld, copy_of, file, change, words):
-    root, read = (copy_of(iemocap), read_iemocap) if file == LABELS else (copy_of(meld), read_meld)
-    edit(root / file, change)
-    with pytest.raises(InputError, match=f"{root / file}{words}"):
-        read(root)
+    ]:
+        root, read = roots[file]
+        text = (root / file).read_bytes()
+        edit(root / file, change)
+        with pytest.raises(InputError, match=f"{root / file}{words}"):
+            read(root)
+        (root / file).write_bytes(text)
+
+    root = roots[LABELS][0]
+    (_, first, _), (_, second, _) = re.findall(TURN, (root / LABELS).read_text(), re.M)[:2]
+    edit(root / LABELS, lambda text: re.sub(f".*{first}.*", "", text))
+    edit(root / TRANSCRIPT, lambda text: re.sub(f".*{second}.*", "", text))
+    notes = read_iemocap(root).notes
+    assert "1 transcribed turns without a label, dropped" in notes
+    assert "1 labelled turns without text in the transcript, dropped" in notes
+    (root / TRANSCRIPT).unlink()
+    with pytest.raises(InputError, match=r"1 are in only one of them \(Ses01M_impro01.txt\)"):
+        read_iemocap(root)
+    (root / "Session3").rename(root / "elsewhere")
+    with pytest.raises(InputError, match="no complete IEMOCAP at .*: Session3 missing.*sail.usc.edu.*run.sh demo"):
+        read_iemocap(root)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: "\ufeff" + text.rstrip("\n"),
-        lambda text: "\n\n" + text.replace("\n", "\r\n") + "\n\n",
-        lambda text: text.replace("\n", "\r"),
-        lambda text: text.replace(" is ", " is\u2028\u2029\x0c\x0b\x1c "),  # ends of lines for str.splitlines
-    ],
-)
-def test_what_editors_do(iemocap, meld, tmp_path, change):
-    for root, read in (iemocap, read_iemocap), (meld, read_meld):
-        mine = shutil.copytree(root, tmp_path / root.name, ignore=shutil.ignore_patterns("*.wav", "*.avi", "*.mp4"))
-        for path in [*mine.rglob("Ses*.txt"), *mine.rglob("*.csv")]:
-            edit(path, change)
-        before, after = read(root).utterances(), read(mine).utterances()
-        assert [(u.id, u.speaker, u.label) for u in before] == [(u.id, u.speaker, u.label) for u in after]
-        assert [u.text.split() for u in before] == [u.text.split() for u in after]
-
-
-def test_no_text_file(tmp_path):
+def test_text_files(tmp_path):
     (tmp_path / "a").write_bytes("Adé\n".encode() + "Zoë\n".encode("cp1252"))
     (tmp_path / "b").write_text("Hi.\n", "utf-16")
     for name, words in ("a", ":2: not in UTF-8"), ("b", ":1: not in UTF-8"), ("c", ": .*No such"), ("", ": .*Is a"):
         with pytest.raises(InputError, match=f"{tmp_path / name}{words}"):
             read_text(tmp_path / name)
+    (tmp_path / "a").write_bytes("\ufeffone\r\ntwo\rthree\u2028\n".encode())  # as editors write
+    assert read_text(tmp_path / "a") == "one\ntwo\nthree\u2028\n"
 
 
 HEADER = ["split", "conversation", "speaker", "text", "label"]
 ROWS = [["train", "a", "Ann", "Hi.", "glad"], ["dev", "b", "Bob", "Well, no.", "sad"], ["test", "c", "Ann", "", "sad"]]
 ROWS += [["Train", "a", "Bob", "I see.", "sad"]]
-
-
-def test_a_corpus_as_csv_is_the_corpus(iemocap, tmp_path):
-    corpus = read_iemocap(iemocap)
-    mine = read_csv(write_as_csv(tmp_path / "mine.csv", corpus))
-    assert mine.label_names == corpus.label_names and mine.notes[0] == corpus.notes[0]
-    expected = [dataclasses.replace(u, audio=u.audio or u.video) for u in corpus.utterances()]
-    assert [dataclasses.replace(u, audio_is_cut=True) for u in mine.utterances()] == expected
 
 
 def test_csv_columns_and_notes(tmp_path):
@@ -159,60 +123,50 @@ def test_csv_columns_and_notes(tmp_path):
     assert corpus.notes[1:] == ("1 columns not used (mood)", lost, *without)
 
 
-@pytest.mark.parametrize(
-    "row, cells, words",
-    [
+def test_csv_faults(tmp_path):
+    path = tmp_path / "t.csv"
+    assert len(read_csv(write_rows(path, HEADER, ROWS)).utterances()) == 4  # unchanged, it is read
+    for number, cells, words in [
         (0, {"split": "x"}, ":2: split must be one of train, dev, test, val, valid, validation; got 'x'"),
         (0, {"split": "dev"}, ":5: conversation 'a' is in dev and in train"),
         (1, {"speaker": "A\x1b[31m"}, ":3: control character in the speaker"),
-        (1, {"video": "a\x08.mp4"}, ":3: control character in the path of the video"),
-        (3, {"start": "x"}, ":5: start must be in seconds or hh:mm:ss, got 'x'"),
         (3, {"start": "5", "end": "1"}, ":5: ends at 1 s, before it starts"),
         (0, {"id": "1"}, ":5: utterance 'a_1' is there a second time, after .*:2$"),
         (1, {"label": "mad"}, ": labels that no row of train has: mad"),
         (1, {"utterance": "x"}, ": two columns for the text"),
-    ],
-)
-def test_csv_faults(tmp_path, row, cells, words):
-    path, rows = tmp_path / "t.csv", [dict(zip(HEADER, row)) for row in ROWS]
-    assert len(read_csv(write_rows(path, HEADER, ROWS)).utterances()) == 4  # unchanged, it is read
-    rows[row] |= cells
-    columns = [*HEADER, *(cells.keys() - set(HEADER))]
-    with pytest.raises(InputError, match=f"{path}{words}"):
-        read_csv(write_rows(path, columns, [[r.get(c, "1" if c == "id" else "") for c in columns] for r in rows]))
+    ]:
+        rows = [dict(zip(HEADER, row)) for row in ROWS]
+        rows[number] |= cells
+        columns = [*HEADER, *(cells.keys() - set(HEADER))]
+        with pytest.raises(InputError, match=f"{path}{words}"):
+            read_csv(write_rows(path, columns, [[r.get(c, "1" if c == "id" else "") for c in columns] for r in rows]))
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_conversations_to_predict(tmp_path, separator, capsys):
+def test_conversations_to_predict(tmp_path, capsys):
     rows = [["Ann", "Well, no; yes", "", "b"], ["Bob", 'a "b"\tc', "1", "b"], ["Eve", "", "x", "b"]]
-    path = write_rows(tmp_path / "t.csv", ["Speaker", " TEXT ", "mood", "conversation"], rows, separator)
-    found = [(u.id, u.speaker, u.text, u.label) for u in data.read_conversation(path).utterances]
-    assert found == [("0", "Ann", "Well, no; yes", -1), ("1", "Bob", 'a "b" c', -1), ("2", "Eve", "", -1)]
-    assert capsys.readouterr().err == f"{path}: columns not used: mood\n"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
+    for separator in ",;\t":
+        path = write_rows(tmp_path / "t.csv", ["Speaker", " TEXT ", "mood", "conversation"], rows, separator)
+        found = [(u.id, u.speaker, u.text, u.label) for u in data.read_conversation(path).utterances]
+        assert found == [("0", "Ann", "Well, no; yes", -1), ("1", "Bob", 'a "b" c', -1), ("2", "Eve", "", -1)]
+        assert capsys.readouterr().err == f"{path}: columns not used: mood\n"
+    for text, words in [
         ('speaker,text\nAnn,"no\nBob,yes\n', ":3: malformed row .*quote"),
         ("\nspeaker,text\n\nAnn,no,yes\n", ":4: 3 fields, but 2 columns"),
         ("Ann,no\n", ": no column speaker and text; it has ann, no"),
+        ("speaker,text\n", ": no utterances"),
         ("speaker,text,conversation\nAnn,no,a\nAnn,no,b\n", ": rows of several conversations"),
-    ],
-)
-def test_tables(tmp_path, text, words):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(InputError, match=f"t.csv{words}"):
-        data.read_conversation(tmp_path / "t.csv")
+    ]:
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"t.csv{words}"):
+            data.read_conversation(path)
 
 
 def test_times_in_json_objects(tmp_path):
     def start(x):
         return data.make_utterance({"speaker": "Ann", "start": x}, "line 3", "0", tmp_path).start
 
-    given = (1, 1e-5, " 3. ", "4,25", "90:00", "1:02:03,5")
-    assert [start(x) for x in given] == [1, 1e-5, 3, 4.25, 5400, 3723.5]
-    assert start("") is start(None) is None
+    given = (1, 1e-5, " 3. ", "4,25", "90:00", "1:02:03,5", "", None)
+    assert [start(x) for x in given] == [1, 1e-5, 3, 4.25, 5400, 3723.5, None, None]
     for x in ("-1", "nan", "inf", "1e400", "9" * 5000, "1:2:3:4", "\u0661", True, [1]):
         with pytest.raises(InputError, match="^line 3: start must be in seconds"):
             start(x)
@@ -220,43 +174,37 @@ def test_times_in_json_objects(tmp_path):
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path, x = tmp_path / "file.npy", torch.zeros(10_000)
-    replace_file(path, lambda temporary: temporary.write_text("old"))
+    path.write_text("old")
 
-    def fail(error, temporary):
+    def fail(temporary):
         assert temporary.parent == tmp_path and temporary.name.startswith(data.TEMPORARY) and temporary.suffix == ".npy"
         temporary.write_text("ne")
-        raise error
+        raise KeyboardInterrupt
 
     for write in (lambda _: torch.save(x, "/dev/full"), lambda _: x.numpy().tofile("/dev/full")):  # a full disk
         with pytest.raises(InputError, match="file.npy: cannot be written .*What is complete is kept"):
             replace_file(path, write)
-    for error in (OSError("full"), KeyboardInterrupt(), TypeError()):  # the last: a bug, shown as such
-        with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
-            replace_file(path, partial(fail, error))
-        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_only_regular_files_are_written(tmp_path):
+def test_only_regular_files_are_written_and_removed(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "link").symlink_to("mine")
     (tmp_path / "broken").symlink_to("nothing")
-    for name in ("pipe", "", "/dev/null", "link", "broken", "no/x", "mine/x"):
+    (tmp_path / f"{data.TEMPORARY}1").symlink_to("mine")
+    (tmp_path / f"{data.TEMPORARY}2").touch()
+    data.remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "mine", "broken", f"{data.TEMPORARY}1"}
+    for name in ("pipe", "", "/dev/null", "broken", f"{data.TEMPORARY}1", "no/x", "mine/x"):
         words = "does not exist" if "x" in name else "not a regular file"
         for write in (lambda path: replace_file(path, pytest.fail), lambda path: append_line(path, "x")):
             with pytest.raises(InputError, match=f"{name}: .*{words}"):
                 write(tmp_path / name)
-    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "nothing").exists()
     append_line(tmp_path / "mine", "zwei ü \ud800")
     assert (tmp_path / "mine").read_bytes() == "minezwei ü \\ud800\n".encode()
-
-
-def test_leftovers(tmp_path):
-    (tmp_path / f"{data.TEMPORARY}1").symlink_to("log")
-    for name in ("log", f"{data.TEMPORARY}2"):
-        (tmp_path / name).touch()
-    data.remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{data.TEMPORARY}1", "log"]
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_conversations_are_rows():
@@ -265,13 +213,12 @@ def test_conversations_are_rows():
     rows_of = data.Conversations(file, ("text", "audio_kd"), torch.device("cpu"))
     assert rows_of.num_speakers == 3 and rows_of.batch(["c2", "c3"]).inputs[1].tolist() == [0, 1, 3, 0]
     assert rows_of.splits == {"train": ["c0", "c1"], "dev": ["c2"], "test": ["c3"]}
-    for names, rows in (["c2", "c0"], [3, 4, 0, 1]), (["c1"], [2]), (["c3", "c1", "c0"], [5, 6, 2, 0, 1]):
+    for names, rows in (["c2", "c0"], [3, 4, 0, 1]), (["c3", "c1", "c0"], [5, 6, 2, 0, 1]):
         batch = rows_of.batch(names)
         features, _, lengths, present = batch.inputs
-        assert lengths == [1 if name == "c1" else 2 for name in names]
+        assert lengths == [1 if name == "c1" else 2 for name in names] and torch.equal(batch.labels, file.label[rows])
         assert torch.equal(features["text"], file.features["text"][rows])
         assert torch.equal(features["audio"], file.features["audio_kd"][rows])
-        assert torch.equal(batch.labels, file.label[rows])
         assert {m: x.tolist() for m, x in present.items()} == {"audio": [row != 2 for row in rows]}  # all have text
         assert {m: x.tolist() for m, x in batch.rows.items()} == {"audio": [i for i, r in enumerate(rows) if r != 2]}
 

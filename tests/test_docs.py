@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from test_features import example
 
+from data import read_features, standardise, write_features
 from extras import report
 
 PROJECT = Path(__file__).parent.parent
@@ -29,3 +31,18 @@ def test_links_lead_somewhere(name):
     text = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE)  # without code
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     assert not [link for link in links if not (folder / link).exists()]
+
+
+def test_the_route_from_a_csv_of_numbers_runs_as_printed(tmp_path, monkeypatch):
+    """docs/corpora.md, on a small feature file: an empty cell is the mean, an utterance without a row has nothing."""
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", PAGES["corpora.md"], re.DOTALL) if "write_features" in x)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/iemocap").mkdir(parents=True)
+    file = example()
+    write_features("runs/iemocap/features.safetensors", file)
+    rows = [f"{name},{i},{1e5 * i if i else ''}" for i, name in enumerate(file.utterance_names[:-1])]
+    Path("sound.csv").write_text("\n".join(["turn,pitch,loudness", *rows]))
+    exec(code, {})
+    file, moments = standardise(read_features(Path("with-audio.safetensors")))
+    assert file.present["audio"].tolist() == [True] * len(rows) + [False]
+    assert file.features["audio"][0, 1].abs() < 1e-6 and file.features["audio"].abs().max() < 10 and "audio" in moments
