@@ -284,7 +284,7 @@ class MediaStore:
     def fill(self, utterances: list[Utterance], workers: int) -> None:
         """Decodes what is not in the store yet, in threads: FFmpeg and torch release Python's lock while they work.
 
-        The methods below answer for these utterances. Errors: InputError or OSError if the folder cannot be used.
+        The methods below are about these utterances. Errors: InputError or OSError if the folder cannot be used.
         """
         for m in self.modalities:
             (self.folder / m).mkdir(parents=True, exist_ok=True)

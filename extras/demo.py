@@ -32,16 +32,13 @@ HEIGHT, WIDTH, GREY = 96, 144, 90  # IEMOCAP's 3:2; both faces lie in the centra
 IEMOCAP = {"ang": 0.15, "fru": 0.20, "exc": 0.17, "hap": 0.13, "neu": 0.20, "sad": 0.15}
 # Voice: pitch and its rise (semitones), timbre (how slowly the harmonics decay), syllables per second, breath, how
 # clipped the syllables are, tremor. Face, -1 to 1: inner brows down, brows up, mouth up, eyes open, red. Then words.
-ACTING = dict(  # dis, fea and sur are MELD's, for the tests
+ACTING = dict(
     ang=((3, -4, 0.82, 6, 0.35, 2, 0), (1, -0.5, -0.5, 0.2, 1), "furious angry mad outraged raging"),
-    dis=((-3, -5, 0.75, 3.4, 0.4, 0.7, 0), (0.6, -0.5, -0.7, -0.9, -0.3), "disgusting gross revolting sickening vile"),
     exc=((9, 4, 0.75, 7, 0.05, 1.2, 0), (-0.3, 0.9, 1, 1, 0.5), "excited thrilled amazed ecstatic eager"),
-    fea=((7, 2, 0.45, 6.5, 0.35, 1, 0.5), (-0.9, 0.7, -0.4, 1, -1), "scared afraid terrified nervous panicked"),
     fru=((0, -3, 0.75, 4.8, 0.2, 1.8, 0), (0.6, -0.2, -0.8, -0.4, 0.4), "frustrated annoyed stuck irritated impatient"),
     hap=((6, 3, 0.6, 5.4, 0.05, 0.8, 0), (0, 0.3, 0.9, 0, 0.2), "happy glad pleased delighted grateful"),
     neu=((0, 0, 0.5, 4.2, 0.08, 0.8, 0), (0, 0, 0, 0, 0), "fine okay normal usual alright"),
     sad=((-4, -2, 0.25, 2.8, 0.15, 0.5, 0.3), (-1, 0, -0.9, -0.8, -0.7), "sad heartbroken lonely miserable gloomy"),
-    sur=((8, 7, 0.7, 3.6, 0.1, 1.6, 0), (-0.1, 1, 0.1, 1, 0), "surprised shocked stunned speechless startled"),
 )
 VOICE_SPREAD = np.array([3.0, 3.0, 0.15, 1.2, 0.1, 0.4, 0.15])  # what VOICE_STD = 1 means for each
 NON_COMMITTAL = "busy ready early late here waiting"
@@ -50,7 +47,6 @@ OPENERS = ("Well", "You know", "Look", "So", "Yeah", "Listen", "Oh", "I mean")
 SENTENCES = ("{o}, I am {e} about the {t}.", "{o}, I feel {e} and {e2} today.", "{o}, are you {e} about the {t}?")
 SENTENCES += ("{o}, the {t} is so {e}.", "{o}, that {t} made me {e}.", "{o}, it is all {e} with this {t}, just {e2}.")
 IN_FULL = dict(zip(IEMOCAP, "Anger Frustration Excited Happiness Neutral Sadness".split()))  # as IEMOCAP's annotators
-CHANNELS = {"mono": [1], "stereo": [1, 0.8], "5.1": [0.1, 0.1, 1, 0, 0.05, 0.05]}  # gain of each channel
 Actor = namedtuple("Actor", "name pitch skin")  # Hz; RGB, 0 to 255
 # start, end: seconds; audio: (samples,) int16; face: (frames, 6), ACTING's five and how far the mouth is open.
 Turn = namedtuple("Turn", "actor emotion text start end audio face")
@@ -60,10 +56,10 @@ def make_actor(rng: np.random.Generator, name: str, pitch: float) -> Actor:
     return Actor(name, pitch * rng.uniform(0.92, 1.08), rng.uniform((190, 150, 120), (235, 185, 155)))
 
 
-def make_conversation(rng, actors: list[Actor], labels: dict[str, float], utterances, rate=SAMPLE_RATE) -> list[Turn]:
+def make_conversation(rng, actors: list[Actor], utterances: tuple[int, int]) -> list[Turn]:
     """Draws utterances[0] to utterances[1] turns in the order of speaking, 0.8 to 2 s each, 0.1 to 0.4 s apart."""
     turns, last, speaker, clock = [], {}, 0, 0.6
-    names, share = list(labels), np.array(list(labels.values())) / sum(labels.values())
+    names, share = list(IEMOCAP), np.array(list(IEMOCAP.values())) / sum(IEMOCAP.values())
     for k in range(rng.integers(utterances[0], utterances[1] + 1)):
         if 0 < k < 4:  # the first four take turns, so that tests know which utterances exist
             speaker = (speaker + 1) % len(actors)
@@ -78,11 +74,11 @@ def make_conversation(rng, actors: list[Actor], labels: dict[str, float], uttera
         seconds = round(0.8 + 1.2 * rng.beta(1, 2.6), 4)
         in_voice = emotion if rng.random() < VOICE_SHOWS else str(rng.choice(names))
         in_face = emotion if rng.random() < FACE_SHOWS else str(rng.choice(names))
-        audio, loudness = voice(rng, actors[speaker].pitch, ACTING[in_voice][0], seconds, rate)
+        audio, loudness = voice(rng, actors[speaker].pitch, ACTING[in_voice][0], seconds)
         face = np.empty((round(seconds * FPS), 6))
         face[:, :5] = ACTING[in_face][1] + FACE_STD * rng.standard_normal(5)
         face[:, 5] = loudness[np.linspace(0, len(audio) - 1, len(face)).astype(int)]
-        neighbour = names[min(names.index(emotion) ^ 1, len(names) - 1)]  # the other of its pair
+        neighbour = names[names.index(emotion) ^ 1]  # the other of its pair
         text = sentence(rng, [ACTING[emotion][2], ACTING[neighbour][2], NON_COMMITTAL])
         turns.append(Turn(actors[speaker], emotion, text, clock, round(clock + seconds, 4), audio, face))
         clock = round(clock + seconds + rng.uniform(0.1, 0.4), 4)
@@ -96,15 +92,15 @@ def sentence(rng, pools: list[str]) -> str:
     return str(rng.choice(SENTENCES)).format(o=rng.choice(OPENERS), e=first, e2=second, t=rng.choice(TOPICS))
 
 
-def voice(rng, own_pitch: float, acting: tuple, seconds: float, rate: int) -> tuple[np.ndarray, np.ndarray]:
+def voice(rng, own_pitch: float, acting: tuple, seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """The audio, (samples,) int16, and its loudness, (samples,) from 0 to 1."""
     acting = acting + VOICE_STD * VOICE_SPREAD * rng.standard_normal(len(acting))
     least, most = [-12, -12, 0.05, 1.5, 0, 0.2, 0], [18, 12, 0.88, 9, 0.6, 3, 0.6]
     pitch, rise, timbre, pace, breath, clipped, tremor = np.clip(acting, least, most)
-    time = np.arange(round(seconds * rate)) / rate
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     syllable, part = np.divmod(time * pace + 0.3 * rng.random(), 1)
     semitones = pitch + rise * (time / seconds - 0.5) + rng.normal(0, 0.6, 20)[syllable.astype(int)]
-    phase = 2 * np.pi * np.cumsum(own_pitch * 2 ** (semitones / 12)) / rate
+    phase = 2 * np.pi * np.cumsum(own_pitch * 2 ** (semitones / 12)) / SAMPLE_RATE
     loudness = np.sin(np.pi * part) ** clipped * (1 - tremor * (0.5 + 0.5 * np.sin(2 * np.pi * 9 * time)))
     # The sum of timbre^k sin(k phase) over all harmonics k in closed form, scaled to a power of 1.
     tone = np.sin(phase) / (1 - 2 * timbre * np.cos(phase) + timbre**2) * np.sqrt(2 * (1 - timbre**2))
@@ -135,18 +131,12 @@ def draw_faces(rng, faces: np.ndarray, actor: Actor, size: int) -> np.ndarray:
     return image
 
 
-def write_video(path: Path, frames: np.ndarray, audio: np.ndarray | None = None, rate: int = 0) -> None:
-    """frames: (L, H, W, 3), written as MPEG-4. audio: (channels, samples) int16, as AAC."""
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """frames: (L, H, W, 3), written as MPEG-4."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=FPS, options={"qmin": "7", "qmax": "7"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         video.codec_context.thread_count = 1  # the same pixels for any number of cores
-        if audio is not None:
-            layout = next(name for name, gains in CHANNELS.items() if len(gains) == len(audio))
-            stream = container.add_stream("aac", rate=rate, layout=layout, options={"aac_coder": "fast"})
-            samples = av.AudioFrame.from_ndarray(np.float32(audio) / 32768, "fltp", layout)
-            samples.sample_rate = rate
-            container.mux(stream.encode(samples) + stream.encode())
         for frame in frames:
             rgb = np.round(frame).clip(0, 255).astype(np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(rgb, "rgb24")))
@@ -164,7 +154,7 @@ def write_iemocap(root: Path, seed: int = 0, conversations: int = 12, utterances
             rng = np.random.default_rng([seed, session, k])  # one each: with more of them, the first stay the same
             letter, n = "FM"[k % 2], k // 4
             kind = f"script{n // 3 + 1:02d}_{n % 3 + 1}" if k % 4 > 1 else f"impro{n + 1:02d}"
-            turns = make_conversation(rng, actors if letter == "F" else actors[::-1], IEMOCAP, utterances)
+            turns = make_conversation(rng, actors if letter == "F" else actors[::-1], utterances)
             write_dialogue(rng, root / f"Session{session}", f"Ses{session:02d}{letter}_{kind}", turns, actors)
 
 

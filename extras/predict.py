@@ -115,7 +115,7 @@ def speaker_indices(model: Model, conversation: Conversation) -> Tensor:
 
 
 class Stream:
-    """A conversation while it goes on. Each utterance is encoded once; the fusion, a hundredth of the FLOPs, each time
+    """A conversation in progress. Each utterance is encoded once; the fusion, a hundredth of the FLOPs, each time
     over all of them."""
 
     def __init__(self, model: Model):

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,11 +29,6 @@ def meld(tmp_path_factory):
     from corpora import make_meld
 
     return make_meld(tmp_path_factory.mktemp("corpora") / "meld")
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    return lambda root: Path(shutil.copytree(root, tmp_path / root.name))
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,16 @@
 import csv
 from pathlib import Path
 
+import av
 import numpy as np
 
 from extras import demo
 
-# How often each label is drawn, by the names that extras/demo.py acts.
-EMOTIONS = {"ang": 0.15, "dis": 0.08, "hap": 0.17, "sur": 0.13, "fea": 0.09, "sad": 0.11, "neu": 0.27}
-IN_CSV = dict(zip(EMOTIONS, "anger disgust joy surprise fear sadness neutral".split()))
+EMOTIONS = "neutral anger joy sadness surprise fear disgust".split()
 COLUMNS = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
 TIMES = "00:16:16,059", "00:16:21,731"  # of the episode, not of the clip
-FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
-CAST = {"Ada": 215, "Bruno": 120, "Clara": 190, "Dario": 140, "Edith": 205, "Felix": 130}  # pitch in Hz
-SIZE, RATE = 96, 44_100  # pixels, Hz
+FOLDERS = {"train": "train_splits", "dev": "dev/dev_splits_complete", "test": "test/output_repeated_splits_test"}
+CAST = "Ada Bruno Clara Dario Edith Felix".split()
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xa3\xa2".ljust(212, b"\x00")  # macOS leaves these files
 
 
@@ -42,45 +40,52 @@ def make_iemocap(root: Path) -> Path:
 
 
 def make_meld(root: Path) -> Path:
-    rng = np.random.default_rng(1)
-    cast = [demo.make_actor(rng, *person) for person in CAST.items()]
+    """dev's csv and clips are in dev/, test's clips in test/."""
     for s, (split, folder) in enumerate(FOLDERS.items()):
         (root / folder).mkdir(parents=True)
         rows = []
-        for k in range((6, 2, 3)[s]):
-            rng = np.random.default_rng([1, s, k])
-            actors = [cast[i] for i in rng.permutation(len(cast))[: rng.integers(2, 5)]]
-            turns = demo.make_conversation(rng, actors, EMOTIONS, (4, 6), RATE)
-            for u, (actor, emotion, text, _, _, samples, face) in enumerate(turns):
-                rows.append([len(rows) + 1, text, actor.name, IN_CSV[emotion], "positive", k, u, 1, 1, *TIMES])
-                channels = np.outer(demo.CHANNELS[rng.choice(list(demo.CHANNELS))], samples)
-                frames = demo.draw_faces(rng, face, actor, SIZE)
-                demo.write_video(root / folder / f"dia{k}_utt{u}.mp4", frames, channels, RATE)
-        write_rows(root / f"{split}_sent_emo.csv", COLUMNS.split(","), rows)
+        for k in ((0, 1, 3, 4, 5), (0, 1), (0, 1, 2))[s]:  # a gap in the numbers
+            for u in range(4 + k % 3):
+                emotion, speaker = EMOTIONS[(s + k + 2 * u) % 7], CAST[k // 2 + u % 3]
+                text = f"Well, {CAST[u]}, \x93It\x92s {emotion}\x85\x94"  # control characters for punctuation
+                rows.append([len(rows) + 1, text, speaker, emotion, "positive", k, u, 1, 1, *TIMES])
+                audio = 0.5 * np.sin(np.arange(48_000 + 4_800 * u) / (5 + 2 * k + s))
+                write_media(root / folder / f"dia{k}_utt{u}.mp4", 1 + u / 10, audio)
+        table = root / ("dev" if split == "dev" else "") / f"{split}_sent_emo.csv"
+        write_rows(table, COLUMNS.split(","), rows[::-1])  # in no order of speaking
     train, dev, test = (root / folder for folder in FOLDERS.values())
-    for folder in (train, dev, test):
-        (folder / "._dia0_utt0.mp4").write_bytes(APPLE_DOUBLE)
-    # Control characters for punctuation, a clip without a row, a gap in the numbers, rows in no order of speaking.
-    with open(root / "train_sent_emo.csv", encoding="utf-8", newline="") as file:
-        columns, *rows = csv.reader(file)
-    rows[0][1] += " \x93It\x92s done\x85\x94"
-    rows = [row for row in rows if row[5] != "2" and row[5:7] != ["1", "1"]]
-    write_rows(root / "train_sent_emo.csv", columns, rows[::-1])
-    for clip in [*train.glob("dia2_utt*.mp4"), dev / "dia0_utt1.mp4"]:
-        clip.unlink()
-    # A clip without its index (moov), a wrong one beside the corrected one, 20 ms of audio, four minutes.
+    # A clip without a row, a row without a clip, a clip without its index (moov), a wrong one beside the corrected one.
+    (train / "dia2_utt0.mp4").touch()
+    (dev / "dia0_utt1.mp4").unlink()
     (train / "dia0_utt1.mp4").write_bytes((train / "dia0_utt1.mp4").read_bytes().partition(b"moov")[0])
     (test / "dia0_utt0.mp4").rename(test / "final_videos_testdia0_utt0.mp4")
     (test / "dia0_utt0.mp4").write_bytes((test / "dia0_utt1.mp4").read_bytes())
-    for path, seconds, audio_seconds in ((train / "dia0_utt2.mp4", 1.5, 0.02), (test / "dia0_utt2.mp4", 240, 240)):
-        frames = np.full((int(seconds * demo.FPS), SIZE, SIZE, 3), demo.GREY, np.uint8)
-        demo.write_video(path, frames, np.zeros((1, int(audio_seconds * RATE)), np.int16), RATE)
-    # csv and clips of dev in dev/, the clips of test in test/.
-    (root / "dev").mkdir()
-    (root / "test").mkdir()
-    for path in (dev, test, root / "dev_sent_emo.csv"):
-        path.rename(root / path.name.replace("dev_", "dev/dev_").replace("output_", "test/output_"))
     return root
+
+
+def write_media(path, video=5.0, audio=None, codecs=("mpeg4", "aac"), rotation=0, **options):
+    """video: seconds; 0 for none. audio: [T] or [6, T] at 48 kHz. options: of FFmpeg's muxer."""
+    with av.open(str(path), "w", options=options) as f:
+        if video:
+            track = f.add_stream(codecs[0], rate=10, width=64, height=48, pix_fmt="yuv420p", options={"g": "12"})
+            track.set_display_rotation(rotation)
+        if audio is not None:
+            audio = np.atleast_2d(np.float32(audio))
+            layout = "mono" if len(audio) == 1 else "5.1"
+            heard = f.add_stream(codecs[1], rate=48_000, layout=layout, bit_rate=64_000)
+            frame = av.AudioFrame.from_ndarray(audio, "fltp", layout)
+            frame.sample_rate, frame.pts = 48_000, 0
+            f.mux([*heard.encode(frame), *heard.encode()])
+        for i in range(round(video * 10)):
+            picture = np.zeros((48, 64, 3), np.uint8)
+            picture[..., 1] = 5 * i
+            picture[:8, :, 0] = 255 * (rotation != 0)  # a red bar at the top
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = i
+            f.mux(track.encode(frame))
+        if video:
+            f.mux(track.encode())
+    return path
 
 
 def write_rows(path: Path, columns: list[str], rows: list[list], delimiter: str = ",") -> Path:

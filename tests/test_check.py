@@ -1,7 +1,6 @@
 """--check: is it the corpus of the paper, and what does a run need?"""
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 
@@ -17,9 +16,8 @@ SIZES = {"MELD": [(1038, 9989), (114, 1109), (280, 2610)], "IEMOCAP": [(108, 516
     "name, more, video, words",
     [
         ("MELD", 0, "u.mp4", ""),
-        ("MELD", 0, None, "13708 of 13708 utterances without video.*--modalities text"),
         ("IEMOCAP", 0, "u.mp4", ""),  # 53 turns may be missing, and no more
-        ("IEMOCAP", -1, "u.mp4", "other conversations or utterances"),
+        ("IEMOCAP", -1, None, "other conversations or utterances"),
     ],
 )
 def test_is_it_the_corpus_of_the_paper(name, more, video, words, tmp_path, capsys):
@@ -36,12 +34,6 @@ def test_is_it_the_corpus_of_the_paper(name, more, video, words, tmp_path, capsy
         flops = 2 * 150 * 90e6 * (10 * (6 * 9989 + 2 * 1109) + 2 * 13_708)  # A and A_KD
         assert f"audio: {150 * 13_708:,} positions, 49,960 steps, {flops / 1e15:.1f} PFLOP" in said
         assert f"disk for decoded media: {13_708 * (3 * 32_000 + 8 * 3 * 224**2) / 1e9:.1f} GB" in said
-
-
-def test_tokens_of_prompts():
-    conversation = Conversation("c", (Utterance("u", "a", "one two three", 0, None, None),) * 40)
-    tokens = check.positions(conversation, "text", replace(CONFIGS["csv"], max_tokens=100))
-    assert tokens[:2] == pytest.approx([3.9 + 3 + 3.9 + 12, 2 * (3.9 + 3) + 3.9 + 12]) and tokens[-1] == 100
 
 
 @pytest.mark.parametrize("options, code", [([], 2), (["--modalities", "text"], 0)])

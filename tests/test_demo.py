@@ -38,7 +38,7 @@ def test_text_is_best_then_audio_then_video_and_all_together_better():
         rng = np.random.default_rng([0, session])
         actors = [demo.make_actor(rng, "F", 200), demo.make_actor(rng, "M", 130)]
         for _ in range(8):
-            turns += demo.make_conversation(rng, actors, demo.IEMOCAP, (13, 17))
+            turns += demo.make_conversation(rng, actors, (13, 17))
         sessions += [session] * (len(turns) - len(sessions))
     labels = np.unique([turn.emotion for turn in turns], return_inverse=True)[1]
     assert np.mean(labels[2:] == labels[:-2]) > 0.35  # mostly the same speaker: emotions last
