@@ -200,8 +200,11 @@ def read_iemocap(root: Path, seed: int = 0) -> Corpus:
         transcripts = _files(session / "dialog/transcriptions", "*.txt")
         unpaired = sorted({p.name for p in labels} ^ {p.name for p in transcripts})
         if unpaired or not labels:
-            what = f"{len(unpaired)} are in only one of them ({', '.join(unpaired[:3])}). Unpack the session again."
-            raise InputError(f"{session / 'dialog'}: labels are in EmoEvaluation, text in transcriptions; {what}")
+            what = (
+                f"{len(unpaired)} are in only one of them ({', '.join(unpaired[:3])})" if unpaired else "both are empty"
+            )
+            where = f"{session / 'dialog'}: labels are in EmoEvaluation, text in transcriptions"
+            raise InputError(f"{where}; {what}. Unpack the session again")
         conversations = [_read_iemocap(session, *files, counts) for files in zip(labels, transcripts)]
         by_session.append([c for c in conversations if c.utterances])
     train = [c for session in by_session[:4] for c in session]
@@ -463,7 +466,7 @@ NAMES = ("label_names", "speaker_names", "conversation_names", "utterance_names"
 
 
 def write_features(path: Path, file: FeatureFile) -> None:
-    """Writes the format of the README, NaN where a feature is missing."""
+    """Writes the format of docs/corpora.md, NaN where a feature is missing."""
     tensors = {k: x.masked_fill(~file.present[k][:, None], torch.nan).contiguous() for k, x in file.features.items()}
     tensors |= {name: getattr(file, name) for name in ROWS}
     metadata = {name: json.dumps(getattr(file, name)) for name in (*NAMES, "made_from")}
@@ -473,6 +476,8 @@ def write_features(path: Path, file: FeatureFile) -> None:
 
 def read_features(path: Path) -> FeatureFile:
     """Reads and checks a feature file. Errors: InputError that names the field at fault."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as f:
             tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}

@@ -260,7 +260,8 @@ def speaker_embedding(config: FusionConfig) -> nn.Embedding:
 def positions_and_speakers(embedding: nn.Embedding, speakers: Tensor, lengths: list[int]) -> Tensor:
     """PE + SE, [N, D]: Eq. 15-17. The first utterance of a conversation has position 0."""
     table = sinusoidal_positions(max(lengths), embedding.embedding_dim, speakers.device)
-    return torch.cat([table[:length] for length in lengths]) + embedding(speakers)
+    positions = torch.cat([table[:length] for length in lengths])
+    return positions.to(embedding.weight.dtype) + embedding(speakers)
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:

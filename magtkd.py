@@ -694,7 +694,8 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
         before = record["options"]
         if changed := [k for k in sorted(before.keys() | options.keys()) if before.get(k) != options.get(k)]:
             changes = "; ".join(f"{k}: {before.get(k)} there, {options.get(k)} now" for k in changed)
-            if not fresh:
+            made = any(out.glob("*.safetensors*")) or any(out.glob("*.resume.pt*")) or any(out.glob("*/*-seed*"))
+            if made and not fresh:
                 raise InputError(
                     f"{out} was made with other options ({changes}). Give the same options to resume, another folder "
                     "with --out, or --fresh to train everything again (the old files are kept under a second name)"
@@ -883,6 +884,8 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         lines = [*corpus.notes, *stage1_notes(encoded, corpus, args.out)]
         title = corpus.name
     else:
+        kinds = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
+        file = dataclasses.replace(file, features={k: file.features[k] for k in kinds})
         file, scaling = standardise(file)
         kinds = f"standardised on train: {', '.join(scaling)}" if scaling else "as they are"
         lines = [f"features of {len(file.label)} utterances from {args.features.name}, {kinds}"]
@@ -999,7 +1002,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         how = {"type": converter(f), "choices": f.metadata["choices"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{f.metadata['help']} (default: {getattr(Config(), f.name)})"
+        others = {c: getattr(x, f.name) for c, x in CONFIGS.items() if getattr(x, f.name) != getattr(Config(), f.name)}
+        text = f"{f.metadata['help']} (default: {getattr(Config(), f.name)}{others or ''})"
         add(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
     args = parser.parse_args(argv)
 
@@ -1145,7 +1149,9 @@ def complain(message: str, code: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
-    return run_command("magtkd", lambda: run_all(args, config), "stopped; the same command resumes")
+    return run_command(
+        "magtkd", lambda: run_all(args, config), f"stopped; the same command resumes{', without --fresh' * args.fresh}"
+    )
 
 
 if __name__ == "__main__":

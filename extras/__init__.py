@@ -1,11 +1,6 @@
-"""What is used around the method. The five modules work without this folder.
+"""What is used around the method; the five modules work without this folder.
 
-demo          the synthetic corpus in IEMOCAP's layout, and small encoders with random weights
-variants      Context, and the released code's differences in stage 2
-report        scores, intervals, tables, figures
-check         --check: is a copy of a corpus complete, and what will a run need?
-experiments   a sweep of alpha and beta; the differences one at a time
-predict       emotions of your own conversation, by a finished run
-tour          one conversation of a run through Eq. 1 to 25
-pickles       a converter from the field's feature pickles to a feature file
+demo: the synthetic corpus and small random encoders. variants: Context, and the released code's differences. report:
+scores, intervals, tables, figures. check: `--check`. experiments: sweep and presets. predict: your own conversation.
+tour: a conversation through Eq. 1 to 25. pickles: a converter from the field's pickles to a feature file.
 """

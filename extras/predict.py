@@ -65,6 +65,9 @@ def check_fit(folder: Path, fusion_file: str, kinds: tuple[str, ...], file: Feat
     same_salt = fusion.get("salt") == read_json(folder / MARKER).get("salt")  # another one: --fresh was interrupted
     pairs = [(fusion_file, features, same_features), (fusion_file, MARKER, same_salt)]
     for kind in kinds:
+        if not (folder / f"{kind}.safetensors").exists():
+            again = f"bring it back, or move {kind}.features.safetensors away and start the run's command again"
+            raise InputError(f"{folder}: {kind}.safetensors, the encoder's weights, is missing; {again}")
         key = about(folder / f"{kind}.safetensors").get("key")
         pairs.append((features, f"{kind}.safetensors", file.made_from.get(kind) == key))
     for made, source, fits in pairs:

@@ -220,7 +220,9 @@ def work(run: Path, wanted: str | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tour", description="One conversation of a finished run through Eq. 1 to 25.")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished run (default: runs/demo)")
-    parser.add_argument("--conversation", metavar="ID", help="which one (default: the shortest of test)")
+    parser.add_argument(
+        "--conversation", metavar="ID", help="which one (default: of test, the one nearest to six utterances)"
+    )
     args = parser.parse_args(argv)
     return magtkd.run_command("tour", lambda: work(args.run, args.conversation))
 
