@@ -63,6 +63,7 @@ from data import (
     read_features,
     read_iemocap,
     read_meld,
+    read_text,
     remove_leftovers,
     replace_file,
     scores,
@@ -386,7 +387,7 @@ def stage1_parts(config, names, corpus, store, run, seed) -> dict[str, Made]:
 
         checkpoint = checkpoint_digest(getattr(config, f"{m}_model"))
         if checkpoint is None:  # neither a folder nor in the cache: what was made with it before can still be used
-            checkpoint = made_from(run.out / f"{name}.safetensors").get("checkpoint")
+            checkpoint = about(run.out / f"{name}.safetensors")["made_from"].get("checkpoint")
             if checkpoint:
                 print(f"{name}: {getattr(config, f'{m}_model')} is not at hand; taken to be what it was")
             else:
@@ -686,12 +687,12 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
         lock.acquire(timeout=0)
     except Timeout as e:
         raise InputError(f"{out}: another run is using this folder; wait for it, or give another --out") from e
-    record = {"program": "magtkd", "salt": "", "options": options}
+    salt = secrets.token_hex(4) if fresh else ""
     if marker.exists():
         record = read_json(marker)
         if record.get("program") != "magtkd" or not isinstance(record.get("options"), dict):
             raise InputError(f"{marker}: not of this program; give another --out")
-        before = record["options"]
+        salt, before = salt or record.get("salt", ""), record["options"]
         if changed := [k for k in sorted(before.keys() | options.keys()) if before.get(k) != options.get(k)]:
             changes = "; ".join(f"{k}: {before.get(k)} there, {options.get(k)} now" for k in changed)
             made = any(out.glob("*.safetensors*")) or any(out.glob("*.resume.pt*")) or any(out.glob("*/*-seed*"))
@@ -702,19 +703,16 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
                 )
     for folder in (out, *(path for path in out.iterdir() if path.is_dir() and not path.is_symlink())):
         remove_leftovers(folder)
-    if fresh:
-        record = {"program": "magtkd", "salt": secrets.token_hex(4), "options": options}
+    record = {"program": "magtkd", "salt": salt, "options": options}
     replace_file(marker, lambda path: path.write_text(json.dumps(record)))
     replace_file(out / "config.json", lambda path: path.write_text(json.dumps(options | (notes or {}), indent=2)))
-    return Run(out, record.get("salt", ""), lock)
+    return Run(out, salt, lock)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Errors: InputError for what is no JSON object, or cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: damaged, not JSON ({type(e).__name__}); restore it, or use another folder") from e
     if not isinstance(content, dict):
@@ -728,12 +726,12 @@ def metadata(parts: dict[str, Any]) -> dict[str, str]:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """The key and the parts of a file that training made, and its code; empty for any other file, or a damaged one.
+    """Key, parts and code of a file that training made. Any other file, or a damaged one, has no parts and no key.
 
     Errors: OSError for a file that cannot be read now: nothing is known of it, so it must not be made again.
     """
     if not path.is_file():
-        return {}
+        return {"made_from": {}}
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_bytes())
@@ -742,26 +740,21 @@ def about(path: Path) -> dict[str, Any]:
             found = f.metadata() or {}
         return {"key": found["key"], "made_from": dict(json.loads(found["made_from"])), "code": found["code"]}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
-        return {}
-
-
-def made_from(path: Path) -> dict[str, Any]:
-    return about(path).get("made_from", {})
+        return {"made_from": {}}
 
 
 def is_current(path: Path, parts: dict[str, Any]) -> bool:
     """Whether a file was made from these parts. A line says what changed where it was made from others."""
-    if not os.path.lexists(path):
-        return False
     found = about(path)
     if found.get("key") == digest(parts):
         return True
-    before, now = found.get("made_from", {}), json.loads(json.dumps(parts))
-    changed = [name for name in now if before.get(name) != now[name]]
-    why = f"made from other {', '.join(changed)}" if before else "not of this program, or damaged"
-    why = "--fresh" if "salt" in changed and before else why
-    check_target(path)  # before hours of training, not after them
-    print(f"{path.name}: {why}; it is made again, the old file is kept under a second name", flush=True)
+    if os.path.lexists(path):
+        before, now = found["made_from"], json.loads(json.dumps(parts))
+        changed = [name for name in now if before.get(name) != now[name]]
+        why = f"made from other {', '.join(changed)}" if before else "not of this program, or damaged"
+        why = "--fresh" if "salt" in changed and before else why
+        check_target(path)  # before hours of training, not after them
+        print(f"{path.name}: {why}; it is made again, the old file is kept under a second name", flush=True)
     return False
 
 
@@ -774,8 +767,7 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
 
 def set_aside(path: Path) -> Path:
     """Renames a file to NAME.<8 digits>, of its key or, without one, of its content. Returns the new path."""
-    if not path.is_file() or path.is_symlink():
-        raise InputError(f"{path}: a link, a folder or a device; move it away, a run writes a file of this name")
+    check_target(path)
     number = str(about(path).get("key") or digest(path.read_bytes()))[:8]
     new = path.with_name(f"{path.name}.{number}")
     while os.path.lexists(new):
@@ -805,19 +797,16 @@ def check_absent(corpus: Corpus, names: list[str], out: Path) -> None:
     here = {u.id: u for u in corpus.utterances()}
     for name in names:
         path, m = out / f"{name}.features.safetensors", name.removesuffix("_kd")
-        if "weights" not in made_from(path):  # not there, or other than an encoder's features
+        if "weights" not in about(path)["made_from"]:  # not there, or other than an encoder's features
             continue
         with safe_open(path, framework="pt") as f:
-            ids, there = json.loads(f.metadata()["utterances"]), ~f.get_tensor("features").isnan().any(dim=1)
-        gone = [i for i in ids if i not in here]
-        what = "utterances"
-        if not gone and m != TEXT:
-            paths = {i: getattr(here[i], m) for i, used in zip(ids, there.tolist()) if used}
-            gone, what = [i for i, p in paths.items() if p is None or not os.path.exists(p)], f"{m} files"
+            ids, missing = json.loads(f.metadata()["utterances"]), f.get_tensor("features").isnan().any(dim=1)
+        media = {i: m == TEXT or os.path.exists(getattr(u, m) or "") for i, u in here.items()}
+        gone = [i for i, without in zip(ids, missing.tolist()) if i not in here or not (media[i] or without)]
         if gone:
             raise InputError(
-                f"{corpus.name}: {len(gone)} {what} are missing that {out} was made from ({', '.join(gone[:3])}"
-                f"{' ..' * (len(gone) > 3)}). Bring them back (is a disk not mounted?), or give another folder: --out"
+                f"{corpus.name}: {len(gone)} utterances are missing, or their files, that {path} was made from ("
+                f"{', '.join(gone[:3])}). Bring them back (is a disk not mounted?), or give another folder: --out"
             )
 
 
@@ -943,8 +932,8 @@ def stage1_notes(encoded: dict[str, Encoded], corpus: Corpus, out: Path) -> list
                 f"{name}: one class is predicted for all of dev; try a lower --stage1-lr "
                 f"({name.removesuffix('_kd')}=..) or a longer --warmup"
             )
-        found = about(out / f"{name}.safetensors") or about(out / f"{name}.features.safetensors")
-        if found["code"] != code_digest():
+        weights, features = (out / f"{name}{end}" for end in (".safetensors", ".features.safetensors"))
+        if (about(weights).get("code") or about(features).get("code")) != code_digest():
             notes.append(f"{name}: its encoder was trained by older code than today's; --fresh trains it again")
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
@@ -1100,7 +1089,7 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 
 # What a disk refuses, or stands in the way on it: a file where a folder belongs.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG}
-DISK |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+DISK |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EPIPE}
 
 
 def run_command(program: str, work: Callable[[], None], stopped: str = "stopped") -> int:
@@ -1124,20 +1113,14 @@ def run_command(program: str, work: Callable[[], None], stopped: str = "stopped"
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
         return complain(f"{program}: the GPU's memory is full ({reason}); try --gradient-checkpointing", 2)
-    except BrokenPipeError:  # as in `.. | head`: nobody reads on
-        discard_output()
-        return 141
     except OSError as e:
         if e.errno not in DISK:
             raise
-        if e.filename is None:
-            discard_output()
+        if e.filename is None:  # stdout: at its end Python would fail a second time, on what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if e.errno == errno.EPIPE:  # as in `.. | head`: nobody reads on
+            return 141
         return complain(f"{program}: {e.filename or 'output'}: {e.strerror}. What is complete is kept", 2)
-
-
-def discard_output() -> None:
-    """For a closed or full stdout: else Python fails a second time at its end, on what is left in the buffer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def complain(message: str, code: int) -> int:

@@ -60,7 +60,7 @@ def load_run(folder: Path, device: torch.device) -> Model:
 
 def check_fit(folder: Path, fusion_file: str, kinds: tuple[str, ...], file: FeatureFile) -> None:
     """Errors: InputError for a file that is not what another was made from, say a new encoder beside an old fusion."""
-    fusion, features = magtkd.made_from(folder / fusion_file), "features.safetensors"
+    fusion, features = about(folder / fusion_file)["made_from"], "features.safetensors"
     same_features = set(kinds) <= file.features.keys() and fusion.get("features") == data.file_digest(file, kinds)
     same_salt = fusion.get("salt") == read_json(folder / MARKER).get("salt")  # another one: --fresh was interrupted
     pairs = [(fusion_file, features, same_features), (fusion_file, MARKER, same_salt)]
@@ -82,7 +82,7 @@ def load_encoder(folder: Path, kind: str, config: Config, file: FeatureFile) -> 
     now = checkpoint_digest(checkpoint)
     if now is None:
         print(f"{checkpoint}: cannot be compared with what {path.name} was trained from", file=sys.stderr)
-    elif now != magtkd.made_from(path).get("checkpoint"):
+    elif now != about(path)["made_from"].get("checkpoint"):
         raise InputError(f"{checkpoint}: its weights, configuration or tokenizer have changed since {path} was trained")
     load_model(encoder, path)
     return encoder.eval()

@@ -85,7 +85,8 @@ def walk(run: Path, wanted: str | None = None) -> Board:
 def check_labels(run: Path, model: predict.Model, corpus: Corpus) -> None:
     """Errors: InputError if the corpus has other utterances, labels or text than the run was made from."""
     parts = magtkd.stage1_parts(model.config, [TEXT], corpus, None, magtkd.Run(run, "", None), 0)
-    same_text = magtkd.made_from(run / f"{TEXT}.features.safetensors").get("inputs") == parts[TEXT].features["inputs"]
+    before = magtkd.about(run / f"{TEXT}.features.safetensors")["made_from"]
+    same_text = before.get("inputs") == parts[TEXT].features["inputs"]
     labels = [corpus.label_names[u.label] for u in corpus.utterances()]
     if not same_text or labels != [model.file.label_names[i] for i in model.file.label]:
         raise InputError(f"{corpus.name}: has other utterances, labels or text than {run} was made from; {CHANGED}")

@@ -175,8 +175,8 @@ def test_after_the_code_was_edited_stage_2_only(base, run, trained, monkeypatch,
 def test_what_is_missing_or_unreadable_is_named_and_nothing_is_made(run, trained, monkeypatch, capsys):
     before = contents(run)
     for gone, words in (
-        ("Session1/sentences/wav", "audio files are missing"),
-        ("Session3/dialog/*/Ses03F_impro01.txt", "utterances are missing"),
+        ("Session1/sentences/wav", "4 utterances are missing, or their files, that run/audio.features"),
+        ("Session3/dialog/*/Ses03F_impro01.txt", "2 utterances are missing, or their files, that run/text.features"),
     ):
         paths = {path: path.with_name("gone") for path in Path("corpus").glob(gone)}
         for path, hidden in paths.items():
@@ -250,3 +250,15 @@ def test_in_the_place_of_a_file(name, what, run, trained, capsys):
     (run / "text.features.safetensors").unlink()  # so that there is something to do
     assert start() == 2 and name in capsys.readouterr().err and not {"text", FUSIONS[1]} & set(trained)
     assert Path("mine").read_text() == "mine"
+
+
+def test_other_options_are_refused_once_something_was_made(tmp_path):
+    for options in ({"width": 1}, {"width": 2}):  # a first start that failed does not hold the folder
+        magtkd.open_run(tmp_path, options).lock.release()
+    (tmp_path / "text.safetensors").touch()
+    magtkd.open_run(tmp_path, {"width": 2}).lock.release()
+    with pytest.raises(data.InputError, match=r"other options \(width: 2 there, 1 now\)"):
+        magtkd.open_run(tmp_path, {"width": 1})
+    fresh = magtkd.open_run(tmp_path, {"width": 1}, fresh=True)
+    fresh.lock.release()
+    assert fresh.salt == magtkd.open_run(tmp_path, {"width": 1}).salt != ""
