@@ -96,7 +96,7 @@ def differences(corpus: str) -> dict[str, tuple[str, Released]]:
         "row9": ("9: one block and gate for the text anchor", only("shared_text_anchor")),
         "row10": ("10: ReLU inside the gate", only("relu_gate")),
         "row11": ("11: positions and speakers twice", only("added_twice")),
-        "row13": ("13: more dropout, Xavier", only("more_dropout", "xavier")),
+        "row13": ("13: more dropout, initial weights", only("more_dropout", "initial_weights")),
         "row14": ("14: cross entropy on the branches", only("branch_cross_entropy", "feature_loss")),
         "row15": ("15: gradient into the teacher", only("detach_teacher")),
         "row17": ("17: half of the steps are warm-up, no decay", only("schedule")),

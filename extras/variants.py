@@ -60,7 +60,7 @@ class Released:
     relu_gate: bool = False  # row 10: a ReLU inside the gate, which is then never below 0.5
     added_twice: bool = False  # row 11: positions and speakers are added once more to the enriched sequences
     more_dropout: bool = False  # row 13: on attention weights, and on query and source inputs of the cross streams
-    xavier: bool = False  # row 13: initialisation of query, key and value
+    initial_weights: bool = False  # row 13: Xavier for query, key and value, their biases 0, speakers with std 0.1
     branch_cross_entropy: bool = False  # row 14: a cross entropy on the audio and the video branch in their KD terms
     feature_loss: bool = True  # row 14: L_f in stage 2
     detach_teacher: bool = True  # row 15
@@ -71,7 +71,7 @@ class Released:
     def model(self, config: FusionConfig) -> MAGT:
         """MAGT with these differences, from MAGT's own initial weights for the same seed."""
         switches = {name: getattr(self, name) for name in ("shared_text_anchor", "relu_gate", "added_twice")}
-        switches |= {"more_dropout": self.more_dropout, "xavier": self.xavier}
+        switches |= {"more_dropout": self.more_dropout, "initial_weights": self.initial_weights}
         config = replace(config, input_norm=config.input_norm and self.input_norm)
         return ReleasedMAGT(ReleasedConfig(**asdict(config), **switches))
 
@@ -95,7 +95,7 @@ class Released:
 
 def released(corpus: str) -> Released:
     """All differences, as the authors train on this corpus: for MELD they leave L_f out of stage 2."""
-    switches = ("shared_text_anchor", "relu_gate", "added_twice", "more_dropout", "xavier")
+    switches = ("shared_text_anchor", "relu_gate", "added_twice", "more_dropout", "initial_weights")
     on = dict.fromkeys((*switches, "branch_cross_entropy", "schedule", "optimizer"), True)
     return Released(**on, feature_loss=corpus != "meld", detach_teacher=False, input_norm=False)
 
@@ -108,7 +108,7 @@ class ReleasedConfig(FusionConfig):
     relu_gate: bool = False
     added_twice: bool = False
     more_dropout: bool = False
-    xavier: bool = False
+    initial_weights: bool = False
 
 
 class ReleasedBlock(Block):
@@ -144,10 +144,13 @@ class ReleasedMAGT(MAGT):
 
     def __init__(self, config: ReleasedConfig):
         super().__init__(config)
-        if config.xavier:
+        if config.initial_weights:
+            nn.init.normal_(self.speaker.weight[1:], std=0.1)
             for block in (block for anchor in self.anchor.values() for block in anchor.block.values()):
                 for weight in (block.query.weight, *block.key_value.weight.chunk(2)):
                     nn.init.xavier_uniform_(weight)
+                for bias in (block.query.bias, block.key_value.bias):
+                    nn.init.zeros_(bias)
 
     def enriched(self, hidden: dict[str, Tensor], speakers: Tensor, lengths: list[int]) -> dict[str, Tensor]:
         if not self.config.added_twice:

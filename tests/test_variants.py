@@ -47,9 +47,9 @@ def test_fields_of_the_model(field):
     torch.testing.assert_close(model(**given).hidden, hidden, atol=1e-5, rtol=0)
 
 
-def test_more_dropout_and_xavier():
+def test_more_dropout_and_initial_weights():
     """Dropout on both inputs of the cross streams, so that the residual is dropped too, and on attention."""
-    model, given = make(Released(more_dropout=True, xavier=True).model)
+    model, given = make(Released(more_dropout=True, initial_weights=True).model)
     zeros, block = {}, model.anchor[TEXT].block[TEXT]
     for n, stream in model.anchor[TEXT].block.items():
         stream.register_forward_pre_hook(lambda _, args, n=n: zeros.update({n: torch.cat(args[:2]) == 0}))
@@ -58,6 +58,8 @@ def test_more_dropout_and_xavier():
     assert (block.attention_dropout(), block.eval().attention_dropout()) == (0.5, 0.0)
     for weight in (block.query.weight, *block.key_value.weight.chunk(2)):  # uniform up to sqrt(6 / (32 + 32))
         assert weight.abs().max().item() == pytest.approx((6 / 64) ** 0.5, rel=0.02)
+    assert not block.query.bias.any() and not block.key_value.bias.any() and not model.speaker.weight[0].any()
+    assert model.speaker.weight[1:].std().item() == pytest.approx(0.1, rel=0.2)
 
 
 @pytest.mark.parametrize("field", ["branch_cross_entropy", "feature_loss", "detach_teacher"])
