@@ -659,7 +659,7 @@ def load_fusion(path: Path, more: dict[str, tuple[type, type]] | None = None) ->
 # again if and only if the key is today's. Else it is made again, a line says which part changed, and the old file is
 # renamed to NAME.<8 digits of its key>. Nothing is deleted. Sizes, times and paths decide nothing.
 
-MARKER = "magtkd-run.json"
+CONFIG = "config.json"  # the first file of a folder: what marks it as a run's, with the options that it was made with
 
 
 class Run(NamedTuple):
@@ -671,15 +671,16 @@ class Run(NamedTuple):
 
 
 def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dict[str, Any] | None = None) -> Run:
-    """Makes or reopens a run's folder. The marker is its first file.
+    """Makes or reopens a run's folder.
 
     options: they must be those that the folder was made with. notes: written to config.json besides.
     Errors: InputError if the folder holds other files, is in use, or was made with other options.
     """
     out.mkdir(parents=True, exist_ok=True)
-    marker, options = out / MARKER, json.loads(json.dumps(options))
+    path, salt, record = out / CONFIG, secrets.token_hex(4) if fresh else "", {}
+    options = json.loads(json.dumps(options))
     names = sorted(p.name for p in out.iterdir() if p.name != ".lock" and not p.name.startswith(TEMPORARY))
-    if names and MARKER not in names:
+    if names and CONFIG not in names:
         raise InputError(f"{out}: holds files that are not of a run ({', '.join(names[:3])}); give a new --out")
     check_target(out / ".lock")
     lock = FileLock(out / ".lock")
@@ -687,26 +688,22 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
         lock.acquire(timeout=0)
     except Timeout as e:
         raise InputError(f"{out}: another run is using this folder; wait for it, or give another --out") from e
-    salt = secrets.token_hex(4) if fresh else ""
-    if marker.exists():
-        record = read_json(marker)
-        if record.get("program") != "magtkd" or not isinstance(record.get("options"), dict):
-            raise InputError(f"{marker}: not of this program; give another --out")
-        salt, before = salt or record.get("salt", ""), record["options"]
-        if changed := [k for k in sorted(before.keys() | options.keys()) if before.get(k) != options.get(k)]:
-            changes = "; ".join(f"{k}: {before.get(k)} there, {options.get(k)} now" for k in changed)
-            made = any(out.glob("*.safetensors*")) or any(out.glob("*.resume.pt*")) or any(out.glob("*/*-seed*"))
-            if made and not fresh:
-                raise InputError(
-                    f"{out} was made with other options ({changes}). Give the same options to resume, another folder "
-                    "with --out, or --fresh to train everything again (the old files are kept under a second name)"
-                )
-    for folder in (out, *(path for path in out.iterdir() if path.is_dir() and not path.is_symlink())):
+    if path.exists():
+        record = read_json(path)
+        if record.get("program") != "magtkd":
+            raise InputError(f"{path}: not of this program; give another --out")
+        changed = [f"{k}: {record.get(k)} there, {x} now" for k, x in sorted(options.items()) if record.get(k) != x]
+        made = any(out.glob("*.safetensors*")) or any(out.glob("*.resume.pt*")) or any(out.glob("*/*-seed*"))
+        if changed and made and not fresh:
+            raise InputError(
+                f"{out} was made with other options ({'; '.join(changed)}). Give the same options to resume, another "
+                "folder with --out, or --fresh to train everything again (the old files are kept under a second name)"
+            )
+    for folder in (out, *(p for p in out.iterdir() if p.is_dir() and not p.is_symlink())):
         remove_leftovers(folder)
-    record = {"program": "magtkd", "salt": salt, "options": options}
-    replace_file(marker, lambda path: path.write_text(json.dumps(record)))
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(options | (notes or {}), indent=2)))
-    return Run(out, salt, lock)
+    record |= {"program": "magtkd", "salt": salt or record.get("salt", "")} | options | (notes or {})
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(record, indent=2)))
+    return Run(out, record["salt"], lock)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -873,14 +870,14 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         lines = [*corpus.notes, *stage1_notes(encoded, corpus, args.out)]
         title = corpus.name
     else:
-        kinds = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
-        file = dataclasses.replace(file, features={k: file.features[k] for k in kinds})
-        file, scaling = standardise(file)
-        kinds = f"standardised on train: {', '.join(scaling)}" if scaling else "as they are"
-        lines = [f"features of {len(file.label)} utterances from {args.features.name}, {kinds}"]
-        text = json.dumps(scaling)
-        replace_file(args.out / "standardisation.json", lambda path: path.write_text(text))
-        names, title = [k for k in file.features if k.removesuffix("_kd") in config.modalities], args.features.name
+        names = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
+        if lacking := set(getattr(args, "modalities", ())) - {k.removesuffix("_kd") for k in names}:
+            raise InputError(f"{args.features}: has no {', '.join(lacking)} features, which --modalities names")
+        file, scaling = standardise(dataclasses.replace(file, features={k: file.features[k] for k in names}))
+        how = f"standardised on train: {', '.join(scaling)}" if scaling else "as they are"
+        lines = [f"features of {len(file.label)} utterances from {args.features.name}, {how}"]
+        replace_file(args.out / "standardisation.json", lambda path: path.write_text(json.dumps(scaling)))
+        title = args.features.name
     rows |= run_stage2(config, file, feature_sets(names, args.ablation), seeds, run, device, models, **variant)
 
     main_row = report.main_row(rows)
@@ -1005,6 +1002,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     config = dataclasses.replace(base, **given)
     if config.width % FusionConfig.heads:
         parser.error(f"--width must be a multiple of {FusionConfig.heads}, the number of attention heads")
+    if args.encoders == "tiny" and any(name.endswith("_model") for name in given):
+        parser.error("--encoders tiny brings its own encoders; to choose one, add --encoders full")
     if args.corpus == "demo" and args.root:
         parser.error("demo writes its own corpus; --root belongs to iemocap, meld and csv")
     if args.corpus == "csv" and not (args.root or args.features):

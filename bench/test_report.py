@@ -56,9 +56,9 @@ def quotes() -> list[str]:
     return [
         f"attention is {magt['flops_attention'] / magt['flops']:.1%} of MAGT's FLOPs",
         f"{low:.2f}/L to {high:.2f}/L",
-        f"L^{power['inference, time']:.2f} in inference and L^{power['training, time']:.2f} in training",
-        *(f"{L} in {measure.replace(',', '')}" for measure, L in list(from_L.items())[1:6]),
         f"{encoders / 1e9:,.0f} GFLOP an utterance, {encoders * magt['samples'] / magt['flops']:,.0f} times MAGT",
+        *(f"{L} in {measure.replace(',', '')}" for measure, L in list(from_L.items())[1:6]),
+        f"L^{power['inference, time']:.2f} in inference and L^{power['training, time']:.2f} in training",
         f"{min(kept):.2f} L to {max(kept):.2f} L times the bytes",
         f"{min(dry):.2f} L to {max(dry):.2f} L without dropout",
         f"MulT as published reaches {min(shares):.0%} to {max(shares):.0%} of it",
@@ -69,6 +69,7 @@ def quotes() -> list[str]:
 
 
 def test_the_page_quotes_the_stored_results():
-    page = (report.RESULTS.parent.parent / "docs" / "benchmark.md").read_text()
-    stale = [quote for quote in quotes() if quote not in page]
-    assert not stale, "rewrite these sentences in docs/benchmark.md after reading results/cpu.md"
+    for page, quoted in (("docs/benchmark.md", quotes()), ("README.md", quotes()[:5])):
+        text = (report.RESULTS.parent.parent / page).read_text()
+        stale = [quote for quote in quoted if quote not in text]
+        assert not stale, f"rewrite these sentences in {page} after reading results/cpu.md"

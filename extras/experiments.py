@@ -141,9 +141,8 @@ def open_study(args: argparse.Namespace) -> Study:
     config, options = read_config(args.run)
     if options["features"] or not (args.run / "features.safetensors").is_file():
         raise InputError(f"{args.run} has no features.safetensors; finish the run, or give its file: --features")
-    made_with = magtkd.read_json(args.run / magtkd.MARKER).get("options") or {}
-    run = open_run(args.run, made_with, notes={k: x for k, x in options.items() if k not in made_with})
-    return Study(config, options["corpus"], read_features(args.run / "features.safetensors"), run, seeds, device)
+    file = read_features(args.run / "features.safetensors")
+    return Study(config, options["corpus"], file, open_run(args.run, {}), seeds, device)
 
 
 def main(argv: list[str] | None = None) -> int:

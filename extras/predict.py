@@ -27,7 +27,7 @@ from data import FIELDS, MODALITIES, Conversation, FeatureFile, InputError, Utte
 from encoders import Encoder, checkpoint_digest, decode
 from extras.variants import CLASSES
 from fusion import TEXT
-from magtkd import MARKER, Config, Examples, about, load_fusion, read_json
+from magtkd import CONFIG, Config, Examples, about, load_fusion, read_json
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def check_fit(folder: Path, fusion_file: str, kinds: tuple[str, ...], file: Feat
     """Errors: InputError for a file that is not what another was made from, say a new encoder beside an old fusion."""
     fusion, features = about(folder / fusion_file)["made_from"], "features.safetensors"
     same_features = set(kinds) <= file.features.keys() and fusion.get("features") == data.file_digest(file, kinds)
-    same_salt = fusion.get("salt") == read_json(folder / MARKER).get("salt")  # another one: --fresh was interrupted
-    pairs = [(fusion_file, features, same_features), (fusion_file, MARKER, same_salt)]
+    same_salt = fusion.get("salt") == read_json(folder / CONFIG).get("salt")  # another one: --fresh was interrupted
+    pairs = [(fusion_file, features, same_features), (fusion_file, CONFIG, same_salt)]
     for kind in kinds:
         if not (folder / f"{kind}.safetensors").exists():
             again = f"bring it back, or move {kind}.features.safetensors away and start the run's command again"
@@ -181,6 +181,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def work(args: argparse.Namespace) -> None:
     device = torch.device(args.device or magtkd.choose_device(False))
+    if args.stream and args.out:
+        raise InputError("--stream answers on standard output, line by line; --out belongs to --input")
     if args.stream:
         return predict_lines(load_run(args.run, device), sys.stdin)
     conversation, out = data.read_conversation(args.input), args.out or args.input.with_suffix(".emotions.csv")

@@ -38,16 +38,16 @@ def test_each_option_sets_its_field(f):
         cases = {f"{name}=text,video": ("text", "video")}
     elif low is None:
         cases = {f"{name}={x}": x for x in f.metadata["choices"] or ["some/model"]}
-    elif isinstance(default := getattr(CONFIGS["demo"], f.name), dict):
+    elif isinstance(default := getattr(CONFIGS["meld"], f.name), dict):
         cases = {f"{name}=text={low},audio={high}": default | {"text": low, "audio": high}}
         cases[f"{name}={high}"] = magtkd.each(high)
     else:
         cases = {f"{name}={x}": x for x in (low, high)}
     for written, expected in cases.items():
-        assert parse(["demo", written])[1] == dataclasses.replace(CONFIGS["demo"], **{f.name: expected})
+        assert parse(["meld", written])[1] == dataclasses.replace(CONFIGS["meld"], **{f.name: expected})
     for wrong in (low - 1, high * 2, "nan", "", "9" * 5000) if low is not None else ():
         with pytest.raises(SystemExit, match="2"):
-            parse(["demo", f"{name}={wrong}"])
+            parse(["meld", f"{name}={wrong}"])
 
 
 WRONG = """invalid choice: nothing
@@ -58,6 +58,7 @@ multiple of 8: demo --width 100
 text=X,audio=X,video=X: demo --stage1-lr text=1,words=2
 wants text, or text with: demo --modalities audio
 use cpu: demo --device gpu
+add --encoders full: demo --text-model some/model
 none.safetensors: iemocap --features none.safetensors
 Session1: iemocap --root nowhere"""
 
@@ -114,7 +115,7 @@ def test_a_csv_gives_the_digits_of_the_corpus(tmp_path, capsys):
     assert list(json.loads((tmp_path / "text/metrics.json").read_text())["rows"]) == ["T", "Concat T", "MAGT T"]
 
 
-def test_your_own_features(tmp_path):
+def test_your_own_features(tmp_path, refused):
     write_features(tmp_path / "f.safetensors", example())
     out, more = tmp_path / "run", ["--features", tmp_path / "f.safetensors", "--preset", "released", "--causal"]
     assert start("iemocap", "--out", out, *more) == 0
@@ -122,6 +123,7 @@ def test_your_own_features(tmp_path):
     assert "paper:" not in (out / "report.md").read_text()
     parts = json.loads((out / "fusion/MAGT-T+A_KD-seed0.json").read_text())["made_from"]
     assert parts["model"][0] == "ReleasedMAGT" and "causal=True" in parts["model"][1]
+    assert "has no video" in refused("iemocap", "--out", tmp_path / "x", *more, "--modalities", "text,video")
 
 
 def test_an_error_is_one_line(capsys):

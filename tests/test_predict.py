@@ -67,6 +67,7 @@ def test_the_command_line(run, meld, tmp_path, capsys):
     for name in ("talk.csv", "talk.emotions.csv", "pipe", "nowhere/x"):  # nothing is overwritten
         assert predict.main([*command, "--out", str(tmp_path / name)]) == 2
         assert ("does not exist" if "/" in name else "exists already") in capsys.readouterr().err
+    assert predict.main(["--run", str(run), "--stream", "--out", "x"]) == 2 and not os.path.exists("x")
 
 
 def test_a_stream_does_not_wait(model, capsys):
