@@ -90,6 +90,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         write(temporary)
+        os.chmod(temporary, path.parent.stat().st_mode & 0o666)  # safetensors' own is 0600
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or f"{str(e).partition(chr(10))[0]}; is the disk full?"

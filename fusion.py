@@ -139,7 +139,7 @@ class Anchor(nn.Module):
         return self.block[source](anchor, x, lengths, present)
 
     def alpha(self, source: str, h: Tensor) -> Tensor:
-        """Eq. 21: the gate of a stream, [N, D], from 0 (nothing of it is kept) to 1 (all of it)."""
+        """Eq. 21: sigmoid(W h + b), [N, D], the gate of stream h: from 0 (nothing of it is kept) to 1 (all of it)."""
         return torch.sigmoid(self.gate[source](h))
 
 

@@ -89,7 +89,7 @@ def feature_loss(student: Tensor, teacher: Tensor, tau: float = 1.0, normalize: 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Eq. 13: L_CE, the mean over the batch. logits [B, C]; labels [B] int64.
+    """Eq. 13: L_CE, the mean over the batch. logits [B, C]; labels [B] int64, 0 to C - 1 (no ignore_index).
 
     weight: [C], any float type: sum_i w_{label i} CE_i / B. (torch's own mean divides by the weights of the batch, so
         that in a small batch a rare class counts for less than its weight.) Default: all 1, the paper.

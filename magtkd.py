@@ -803,7 +803,7 @@ def check_absent(corpus: Corpus, names: list[str], out: Path) -> None:
         if gone:
             raise InputError(
                 f"{corpus.name}: {len(gone)} utterances are missing, or their files, that {path} was made from ("
-                f"{', '.join(gone[:3])}). Bring them back (is a disk not mounted?), or give another folder: --out"
+                f"{', '.join(gone[:3])}). Bring them back (is a disk not mounted?), or train without them: --fresh"
             )
 
 
@@ -813,7 +813,7 @@ def check_absent(corpus: Corpus, names: list[str], out: Path) -> None:
 READERS = {"iemocap": read_iemocap, "meld": read_meld, "csv": read_csv}
 ROOTS = {"iemocap": "data/IEMOCAP_full_release", "meld": "data/MELD.Raw"}
 SMALL = ("width", "stage1_lr", "stage1_batch", "stage1_epochs", "stage2_lr")  # what --encoders tiny takes of the demo's
-FREE = ("modalities", "gradient_checkpointing")  # options that may change: the keys of the files see to them
+FREE = ("modalities", "causal", "gradient_checkpointing")  # options that may change: the keys of the files see to them
 
 
 def run_all(args: argparse.Namespace, config: Config) -> None:
@@ -848,15 +848,14 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
     rows, problems, scaling = {}, [], {}
     if file is None:
         corpus = corpus or demo.read_demo(args.out)
-        where = args.root or args.out / "corpus"
-        print("\n".join([f"{corpus.name} at {where}:", *(f"  {note}" for note in corpus.notes)]), flush=True)
-        if args.encoders == "tiny":
-            config = dataclasses.replace(config, **demo.tiny_models(corpus, args.out))
+        print(f"{corpus.name} at {args.root or args.out / 'corpus'}:", *corpus.notes, sep="\n  ", flush=True)
         names = [k for k in KINDS if k.removesuffix("_kd") in config.modalities]
         if not args.ablation and "video_kd" in names:  # the paper's best row needs T, A_KD (which starts from A) and V
             names.remove("video_kd")
         if not args.fresh:
             check_absent(corpus, names, args.out)
+        if args.encoders == "tiny":
+            config = dataclasses.replace(config, **demo.tiny_models(corpus, args.out))
         store, wanted = None, tuple(m for m in ("audio", "video") if m in config.modalities)
         if wanted:
             shape = video_shape(config.video_model) if "video" in wanted else ()
@@ -868,6 +867,7 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         write_joint(args.out / "features.safetensors", file)
         rows = encoder_rows(encoded, corpus, args.seed)
         lines = [*corpus.notes, *stage1_notes(encoded, corpus, args.out)]
+        lines += ["tiny encoders, trained from random weights"] * (args.encoders == "tiny")
         title = corpus.name
     else:
         names = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
@@ -883,7 +883,7 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
     main_row = report.main_row(rows)
     best = max(rows[main_row], key=lambda r: r["dev_f1"])
     weights = f"{fusion_path(run, main_row, best['seed']).relative_to(args.out).as_posix()}.safetensors"
-    result = {"title": f"MAGTKD on {title}", "synthetic": args.corpus == "demo" and not args.features}
+    result = {"title": f"MAGTKD on {title}", "synthetic": args.corpus == "demo"}
     result |= {"corpus": corpus.name if corpus else "", "machine": report.machine(device), "weights": weights}
     result |= {"notes": lines, "problems": problems, "file": file, "rows": rows}
     if args.ablation:

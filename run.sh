@@ -20,7 +20,12 @@ done
 here=$(cd "$(dirname "$file")" && pwd)
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT-10000}" # on a busy machine OpenMP's default makes a step 2.5 times slower
 
-case "${1-}" in "") sed -n '2,12s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;; test | bench) need=all ;; *) need=run ;; esac
+case "${1-}" in
+  "") sed -n '2,12s/^# \{0,1\}//p' "$here/run.sh"; exit 2 ;;
+  test | bench) need=all ;;
+  demo | iemocap | meld | csv | predict | tour | sweep | presets | -*) need=run ;;
+  *) echo "run.sh: no command '$1'; give demo, iemocap, meld, csv, test, bench, predict, tour, sweep or presets" >&2; exit 2 ;;
+esac
 
 # Does this Python have the packages? Prints a line if a release is newer than the pin. -P: the working folder may hold a
 # re.py or a random.py of the user's.

@@ -210,7 +210,7 @@ def write_once(folder: Path, write: Callable[[Path], object], *inputs: str) -> N
         return
     if os.path.lexists(folder):
         old = folder.rename(f"{folder}.{secrets.token_hex(4)}")
-        print(f"{folder} is not what this version of the demo writes: renamed to {old.name}", flush=True)
+        print(f"{folder} was changed, or made from other text: renamed to {old.name}", flush=True)
     print(f"writing {folder} (synthetic)", flush=True)
     temporary = folder.with_name(TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted run

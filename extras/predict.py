@@ -152,7 +152,7 @@ class Stream:
 def predict_lines(model: Model, lines: Iterable[str]) -> None:
     """Prints a JSON line for every line. Errors: InputError; at the end, if any line was not an utterance."""
     if not model.fusion.config.causal:
-        raise InputError("--stream needs a run with --causal: bash run.sh demo --causal --out runs/live")
+        raise InputError("--stream needs a run with --causal: give the run's own command with it")
     stream, bad = Stream(model), 0
     for number, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
         try:
