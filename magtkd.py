@@ -537,7 +537,7 @@ def train_fusion(
     batch, epochs, examples = config.stage2_batch, config.stage2_epochs, len(data.splits["train"])
     recipe = adjust(make_recipe(config, config.stage2_lr, batch, epochs, examples), examples)
     parts = {
-        "salt": run.salt, "seed": seed, "features": data.digest, "code": code_digest(build, loss),
+        "salt": run.salt, "seed": seed, "features and labels": data.digest, "code": code_digest(build, loss),
         "recipe": dataclasses.asdict(recipe), "weights of the loss": [config.alpha, config.beta, config.class_weights],
         "model": [type(model).__name__, repr(model.config), describe(build), describe(loss)],
     }  # fmt: skip
@@ -867,8 +867,6 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         write_joint(args.out / "features.safetensors", file)
         rows = encoder_rows(encoded, corpus, args.seed)
         lines = [*corpus.notes, *stage1_notes(encoded, corpus, args.out)]
-        lines += ["tiny encoders, trained from random weights"] * (args.encoders == "tiny")
-        title = corpus.name
     else:
         names = [k for k in file.features if k.removesuffix("_kd") in config.modalities]
         if lacking := set(getattr(args, "modalities", ())) - {k.removesuffix("_kd") for k in names}:
@@ -877,15 +875,16 @@ def run_all(args: argparse.Namespace, config: Config) -> None:
         how = f"standardised on train: {', '.join(scaling)}" if scaling else "as they are"
         lines = [f"features of {len(file.label)} utterances from {args.features.name}, {how}"]
         replace_file(args.out / "standardisation.json", lambda path: path.write_text(json.dumps(scaling)))
-        title = args.features.name
     rows |= run_stage2(config, file, feature_sets(names, args.ablation), seeds, run, device, models, **variant)
 
     main_row = report.main_row(rows)
     best = max(rows[main_row], key=lambda r: r["dev_f1"])
     weights = f"{fusion_path(run, main_row, best['seed']).relative_to(args.out).as_posix()}.safetensors"
+    own = [f"{k} {x}" for k, x in options.items() if x != getattr(CONFIGS[args.corpus], k, None)]
+    title = args.features.name if args.features else corpus.name
     result = {"title": f"MAGTKD on {title}", "synthetic": args.corpus == "demo"}
     result |= {"corpus": corpus.name if corpus else "", "machine": report.machine(device), "weights": weights}
-    result |= {"notes": lines, "problems": problems, "file": file, "rows": rows}
+    result |= {"notes": [*lines, f"options: {', '.join(own)}"], "problems": problems, "file": file, "rows": rows}
     if args.ablation:
 
         def load(row: str, seed: int):

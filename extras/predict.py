@@ -61,7 +61,9 @@ def load_run(folder: Path, device: torch.device) -> Model:
 def check_fit(folder: Path, fusion_file: str, kinds: tuple[str, ...], file: FeatureFile) -> None:
     """Errors: InputError for a file that is not what another was made from, say a new encoder beside an old fusion."""
     fusion, features = about(folder / fusion_file)["made_from"], "features.safetensors"
-    same_features = set(kinds) <= file.features.keys() and fusion.get("features") == data.file_digest(file, kinds)
+    same_features = set(kinds) <= file.features.keys() and fusion.get("features and labels") == data.file_digest(
+        file, kinds
+    )
     same_salt = fusion.get("salt") == read_json(folder / CONFIG).get("salt")  # another one: --fresh was interrupted
     pairs = [(fusion_file, features, same_features), (fusion_file, CONFIG, same_salt)]
     for kind in kinds:

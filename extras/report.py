@@ -187,7 +187,7 @@ is chosen on dev. The column "test-selected" chooses it on test, as published fi
 
 Seeds are paired; ± is the standard deviation over seeds. The interval is a paired bootstrap over test conversations:
 if it contains 0, the difference may come from their choice. It does not include the variance over seeds, nor that of
-training the encoders again.
+training the encoders again, and from fewer than some 20 test conversations it is too narrow.
 
 ## Per class: {best}
 
@@ -197,7 +197,7 @@ training the encoders again.
 ![Losses over the epochs](figures/losses.png)
 
 {result.get("section", "")}
-## The corpus
+## Corpus and options
 
 {bullets(result["notes"])}{problems}"""
     replace_file(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2)))

@@ -83,7 +83,7 @@ def test_meld(meld, tmp_path, capsys):
     assert history["kd_audio"] > 0 and history["loss"] == pytest.approx(history["l_ce"] + 0.09 * history["kd_video"])
     row = next(x for x in report.splitlines() if x.startswith("| MAGT T+A_KD+V |"))
     assert row.endswith("| 66.36 | 65.32 |") and " ± " in row  # the paper's
-    assert row in capsys.readouterr().out and "synthetic" not in report and not metrics["synthetic"]
+    assert row in capsys.readouterr().out and not metrics["synthetic"] and ", alpha 0.0, corpus meld" in report
     problems = metrics["problems"]
     assert "dev_dia0_utt1: audio missing" in problems and "dev_dia0_utt1: video missing" in problems
     assert any(p.startswith("train_dia0_utt1: video broken") for p in problems)
