@@ -121,7 +121,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not in UTF-8; open the file in an editor and save it as UTF-8") from e
+        raise InputError(f"{path}:{line}: not in UTF-8; save it as UTF-8 (a spreadsheet: as CSV)") from e
 
 
 # Characters that break tables, terminals and figures: control characters, line separators, halves of a character.
@@ -344,9 +344,9 @@ def read_table(path: Path, required: tuple[str, ...]) -> tuple[list[tuple[str, d
                 raise InputError(f"{where}: {len(cells)} fields, but {len(columns)} columns; quote text with commas")
             rows.append((where, dict(zip(columns, cells))))
     except csv.Error as e:
-        raise InputError(f"{path}:{lines.line_num}: malformed row ({e}); look for an unclosed quote") from e
+        raise InputError(f"{path}:{lines.line_num}: malformed row ({e}); look for an unclosed quote above") from e
     if missing := [name for name in required if name not in columns]:
-        raise InputError(f"{path}: no column {' and '.join(missing)}; it has {', '.join(header) or 'none'}")
+        raise InputError(f"{path}: no column {' and '.join(missing)}; its first line has {', '.join(header) or 'none'}")
     known = {*CSV_FIELDS, "id", *FIELDS}
     if twice := sorted(name for name in known if columns.count(name) > 1):
         raise InputError(f"{path}: two columns for the {twice[0]}; rename or remove one")
@@ -373,7 +373,7 @@ def read_csv(path: Path) -> Corpus:
         raise InputError(f"{path}: no rows for {', '.join(empty)}; train, dev and test are all needed")
     known = {u.label for u in corpus.utterances("train")}
     if unknown := [name for i, name in enumerate(label_names) if i not in known]:
-        raise InputError(f"{path}: labels that no row of train has: {', '.join(unknown)}")
+        raise InputError(f"{path}: labels that no row of train has: {', '.join(unknown)}; correct them, or add rows")
     return corpus
 
 

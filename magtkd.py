@@ -199,7 +199,7 @@ def train(
             weights = {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()}
             best = {"epoch": epoch, "dev_f1": found["dev_f1"], "model": weights}
         entry = {"model": path.name, "epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "seconds": seconds}
-        append_line(path.parent / "log.jsonl", json.dumps(entry | {"dev_f1": found["dev_f1"], **mean}))
+        append_line(path.parent / "log.jsonl", json.dumps(entry | {"key": key[:8], "dev_f1": found["dev_f1"], **mean}))
         if time.monotonic() - printed > 5:  # epochs of stage 2 can be short
             printed = time.monotonic()
             text = f"{path.name}: epoch {epoch + 1} of {recipe.epochs}, loss {mean['loss']:.4f}"
@@ -943,7 +943,7 @@ def check_media(corpus: Corpus, config: Config, root: Path) -> None:
             if m != TEXT and not any(getattr(u, m) for u in corpus.utterances(split)):
                 notes = "\n".join(f"  {note}" for note in corpus.notes)
                 raise InputError(
-                    f"{corpus.name} at {root}: no {m} file for any utterance of {split}. Unpack all of it, "
+                    f"{corpus.name} at {root}: no {m} file for any utterance of {split}. Complete the copy, "
                     "train on what there is with --modalities (for example --modalities text), or run stage 2 on "
                     f"your own features with --features. What was found:\n{notes}"
                 )

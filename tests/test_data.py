@@ -147,7 +147,7 @@ def test_conversations_to_predict(tmp_path, capsys):
     for text, words in [
         ('speaker,text\nAnn,"no\nBob,yes\n', ":3: malformed row .*quote"),
         ("\nspeaker,text\n\nAnn,no,yes\n", ":4: 3 fields, but 2 columns"),
-        ("Ann,no\n", ": no column speaker and text; it has ann, no"),
+        ("Ann,no\n", ": no column speaker and text; its first line has ann, no"),
         ("speaker,text\n", ": no utterances"),
         ("speaker,text,conversation\nAnn,no,a\nAnn,no,b\n", ": rows of several conversations"),
     ]:
