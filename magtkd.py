@@ -709,12 +709,9 @@ def open_run(out: Path, options: dict[str, Any], fresh: bool = False, notes: dic
 def read_json(path: Path) -> dict[str, Any]:
     """Errors: InputError for what is no JSON object, or cannot be read."""
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: damaged, not JSON ({type(e).__name__}); restore it, or use another folder") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not of this program, no JSON object; use another folder")
-    return content
+        return dict(json.loads(read_text(path)))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: no JSON object ({type(e).__name__}); restore it, or use another folder") from e
 
 
 def metadata(parts: dict[str, Any]) -> dict[str, str]:
@@ -808,7 +805,6 @@ def check_absent(corpus: Corpus, names: list[str], out: Path) -> None:
 
 
 # Both stages, and the command line
-
 
 READERS = {"iemocap": read_iemocap, "meld": read_meld, "csv": read_csv}
 ROOTS = {"iemocap": "data/IEMOCAP_full_release", "meld": "data/MELD.Raw"}
@@ -941,11 +937,10 @@ def check_media(corpus: Corpus, config: Config, root: Path) -> None:
     for split in SPLITS:
         for m in config.modalities:
             if m != TEXT and not any(getattr(u, m) for u in corpus.utterances(split)):
-                notes = "\n".join(f"  {note}" for note in corpus.notes)
                 raise InputError(
                     f"{corpus.name} at {root}: no {m} file for any utterance of {split}. Complete the copy, "
                     "train on what there is with --modalities (for example --modalities text), or run stage 2 on "
-                    f"your own features with --features. What was found:\n{notes}"
+                    f"your own features with --features. What was found: {'; '.join(corpus.notes)}"
                 )
 
 

@@ -253,6 +253,7 @@ def test_in_the_place_of_a_file(name, what, run, trained, capsys):
 
 
 def test_a_start_that_failed_does_not_hold_the_folder(tmp_path):
-    for width in (1, 2, 2):
+    for width, name in ((1, "note"), (2, "text.safetensors"), (2, "text.safetensors")):
         magtkd.open_run(tmp_path, {"width": width}).lock.release()
-        (tmp_path / "text.safetensors" if width == 2 else tmp_path / "note").touch()
+        assert magtkd.read_json(tmp_path / magtkd.CONFIG)["width"] == width
+        (tmp_path / name).touch()
